@@ -1,0 +1,43 @@
+"""Makers of linears, norms, attention and precision contexts behind one interface."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from soar_mega.parallel.layout import ParameterLayout
+from soar_mega.parallel.mesh import Mesh
+
+
+class Backend(Protocol):
+    """What the model is built from.
+
+    Linears take and return sequence-first tensors (``x_LBD``); with ``sequence_parallel`` the side that
+    faces the residual stream holds one rank's share of the tokens. Weights are ``(out, in)`` and may be
+    a flattened view of their layout's shape (a fused QKV is laid out ``(3, D, D)``, stored ``(3D, D)``).
+    """
+
+    name: str
+
+    def column_linear(
+        self, weight: ParameterLayout, bias: ParameterLayout, mesh: Mesh, *, sequence_parallel: bool
+    ) -> nn.Module:
+        """Output features cut over the tensor ranks; input whole, or gathered from shares of tokens."""
+
+    def row_linear(
+        self, weight: ParameterLayout, bias: ParameterLayout, mesh: Mesh, *, sequence_parallel: bool
+    ) -> nn.Module:
+        """Input features cut over the tensor ranks; output summed, whole or scattered by tokens."""
+
+    def linear(self, weight: ParameterLayout, bias: ParameterLayout, mesh: Mesh) -> nn.Module:
+        """No communication: a replicated weight, or the local rows of a cut one."""
+
+    def rms_norm(self, weight: ParameterLayout, mesh: Mesh, eps: float) -> nn.Module:
+        """RMS norm over the last dimension with a learned weight."""
+
+    def layer_norm(self, x_LBD: Tensor, eps: float) -> Tensor:
+        """Layer norm over the last dimension without weights."""
+
+    def attention(self, q_LBHd: Tensor, k_SBHd: Tensor, v_SBHd: Tensor) -> Tensor:
+        """Full softmax attention; returns ``(L, B, H * d)``."""

@@ -1,0 +1,42 @@
+"""Decisions that all ranks of a run take together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from soar_mega.checkpoint.errors import CheckpointError
+from soar_mega.parallel.mesh import Mesh
+
+T = TypeVar("T")
+
+
+def on_rank_0(mesh: Mesh, function: Callable[[], T], what: str) -> T:
+    """Run ``function`` on rank 0 and give every rank its (picklable) result.
+
+    Raises:
+        CheckpointError: On every rank, with ``what`` and the message, if it raised.
+    """
+    answer: list[Any] = [None, None]
+    if mesh.rank == 0:
+        try:
+            answer[1] = function()
+        except (OSError, ValueError) as error:
+            answer[0] = f"{what}: {error}"
+    if mesh.world_group is not None:
+        dist.broadcast_object_list(answer, src=0, group=mesh.world_group)
+    if answer[0] is not None:
+        raise CheckpointError(answer[0])
+    result: T = answer[1]
+    return result
+
+
+def gather(value: T, mesh: Mesh) -> list[T]:
+    """Every rank's (picklable) value, in rank order, on every rank."""
+    if mesh.world_group is None:
+        return [value]
+    values: list[Any] = [None] * mesh.world_size
+    dist.all_gather_object(values, value, group=mesh.world_group)
+    return values

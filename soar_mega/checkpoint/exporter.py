@@ -1,0 +1,173 @@
+"""A checkpoint of ours as a diffusers folder, written tensor by tensor.
+
+The transformer's weights come from the checkpoint, everything else of the pipeline (VAE, text
+encoders, tokenizers, scheduler) from the diffusers folder the run started with.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from soar_mega.checkpoint import store
+from soar_mega.checkpoint.diffusers_map import POSITION, Entry, mapping
+from soar_mega.checkpoint.errors import CheckpointError, listing
+from soar_mega.checkpoint.importer import Weights
+from soar_mega.checkpoint.model_card import model_card
+from soar_mega.checkpoint.safetensors_files import MAX_SHARD_BYTES, StreamWriter
+from soar_mega.model.config import MMDiTConfig
+
+
+def export(
+    checkpoint: Path | str,
+    out: Path | str,
+    base: Path | str | None = None,
+    weights: Weights = "ema",
+    transformer_only: bool = False,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Path:
+    """Write a folder that ``StableDiffusion3Pipeline.from_pretrained`` opens.
+
+    Args:
+        checkpoint: A checkpoint, or a run folder (its newest checkpoint).
+        out: Where to; must be absent or empty. It appears complete or not at all.
+        base: Diffusers folder for the rest of the pipeline; None: the one the checkpoint names.
+        weights: ``ema`` or ``plain``.
+        transformer_only: Write the transformer alone, right into ``out``, for
+            ``SD3Transformer2DModel.from_pretrained``.
+        dtype: Cast weights to this; None keeps the checkpoint's (fp32). The position table is cast
+            only where no bit is lost.
+        max_shard_bytes: Largest safetensors file.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        CheckpointError: ``out`` is not empty; the checkpoint is damaged or lacks tensors or facts;
+            the base is no complete pipeline folder. Nothing is left behind.
+    """
+    checkpoint, out = store.find(checkpoint), Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} exists and is not empty: choose another folder or remove it")
+    state, extra = store.StateReader(checkpoint), store.read_extra(checkpoint)
+    config = _transformer_config(extra, checkpoint)
+    sources = _sources(state, config, weights, checkpoint)
+    base = Path(base or extra["model"]["pretrained"])
+    parts = [] if transformer_only else _pipeline_parts(base)
+
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    transformer = temporary if transformer_only else temporary / "transformer"
+    try:
+        transformer.mkdir(parents=True)
+        for part in parts:
+            copy = shutil.copytree if part.is_dir() else shutil.copyfile
+            copy(part, temporary / part.name)
+        _write_config(transformer / "config.json", config)
+        _write_weights(transformer, state, sources, dtype, max_shard_bytes)
+        card = model_card(extra, checkpoint, base, weights, transformer_only)
+        (temporary / "README.md").write_text(card)
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return out
+
+
+def _transformer_config(extra: Mapping[str, Any], checkpoint: Path) -> MMDiTConfig:
+    model = extra.get("model", {})
+    for key in ("transformer", "pretrained"):
+        if key not in model:
+            raise CheckpointError(f"{checkpoint / 'trainer.json'} does not record model.{key}")
+    return MMDiTConfig.from_diffusers(model["transformer"])
+
+
+def _sources(
+    state: store.StateReader, config: MMDiTConfig, weights: Weights, checkpoint: Path
+) -> list[tuple[str, Entry]]:
+    """Stored name and entry of every tensor to write, checked for presence and shape."""
+    prefix = store.EMA if weights == "ema" else store.MODEL
+    sources = [
+        ((store.MODEL if name == POSITION else prefix) + name, entry)
+        for name, entry in mapping(config).items()
+    ]
+    missing = [name for name, _ in sources if name not in state.shapes]
+    wrong = [
+        f"{name}: {state.shapes[name]} stored, {entry.shape} expected"
+        for name, entry in sources
+        if name in state.shapes and state.shapes[name] != entry.shape
+    ]
+    if missing or wrong:
+        raise CheckpointError(
+            f"the checkpoint {checkpoint} does not hold the {weights} weights of its model:"
+            + listing("missing tensors", missing)
+            + listing("wrong shapes", wrong)
+        )
+    return sources
+
+
+def _pipeline_parts(base: Path) -> list[Path]:
+    """What to copy: the index of the pipeline and every component it names but the transformer."""
+    index = base / "model_index.json"
+    if not index.is_file():
+        raise CheckpointError(
+            f"the base {base} is no diffusers pipeline folder: {index} is missing. Name one with "
+            "--base, or write the transformer alone with --transformer-only"
+        )
+    components = [
+        base / name
+        for name, value in json.loads(index.read_text()).items()
+        if isinstance(value, list) and value[0] is not None and name != "transformer"
+    ]
+    missing = [str(part) for part in components if not part.is_dir()]
+    if missing:
+        raise CheckpointError(
+            f"the base {base} is incomplete:" + listing("missing folders", missing)
+        )
+    return [index, *components]
+
+
+def _write_config(path: Path, config: MMDiTConfig) -> None:
+    content = {
+        **config.to_diffusers(),
+        "_class_name": "SD3Transformer2DModel",
+        "_diffusers_version": importlib.metadata.version("diffusers"),
+    }
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _write_weights(
+    folder: Path,
+    state: store.StateReader,
+    sources: list[tuple[str, Entry]],
+    dtype: torch.dtype | None,
+    max_shard_bytes: int,
+) -> None:
+    position = _cast_position(state, dtype)
+    plan = {}
+    for name, entry in sources:
+        kept = position.dtype if entry.name == POSITION else dtype or state.dtypes[name]
+        plan.update({key: (entry.key_shape, kept) for key in entry.keys})
+    with StreamWriter(folder, plan, max_shard_bytes) as writer:
+        for name, entry in sources:
+            if entry.name == POSITION:
+                tensor, position = position, torch.empty(0)
+            else:
+                tensor = state.read(name)
+            for key, part in entry.to_diffusers(tensor):
+                writer.write(key, part.to(plan[key][1]))
+
+
+def _cast_position(state: store.StateReader, dtype: torch.dtype | None) -> Tensor:
+    """The position table, first in the table of entries, in ``dtype`` if that loses nothing."""
+    position = state.read(store.MODEL + POSITION)
+    if dtype is not None and torch.equal(position.to(dtype).to(position.dtype), position):
+        return position.to(dtype)
+    return position

@@ -1,0 +1,180 @@
+"""Weights into a model stage: from a diffusers folder, or from a checkpoint of ours.
+
+Each rank reads its own slices, tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from soar_mega.checkpoint import store
+from soar_mega.checkpoint.agree import on_rank_0
+from soar_mega.checkpoint.boxes import BoxedTensor
+from soar_mega.checkpoint.diffusers_map import POSITION, check_keys, mapping
+from soar_mega.checkpoint.errors import CheckpointError, listing
+from soar_mega.checkpoint.safetensors_files import SafetensorsFolder
+from soar_mega.model.config import MMDiTConfig
+from soar_mega.parallel.layout import layout_of, local_slice
+from soar_mega.parallel.mesh import Mesh
+
+Weights = Literal["ema", "plain"]
+
+
+def transformer_folder(folder: Path | str) -> Path:
+    """Where the transformer of a diffusers folder lies.
+
+    ``folder/transformer``, or ``folder`` itself if it holds a transformer alone.
+
+    Raises:
+        CheckpointError: Names the file that a diffusers model would have and this folder has not.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} does not exist: a diffusers model folder was expected")
+    for candidate in (folder / "transformer", folder):
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise CheckpointError(
+        f"{folder} is no diffusers model folder: "
+        f"{folder / 'transformer' / 'config.json'} is missing"
+    )
+
+
+def read_transformer_config(folder: Path | str) -> dict[str, Any]:
+    """The transformer's config, as diffusers wrote it.
+
+    Raises:
+        CheckpointError: No diffusers folder, or its transformer is of another class.
+    """
+    path = transformer_folder(folder) / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no JSON: {error}") from error
+    if config.get("_class_name") != "SD3Transformer2DModel":
+        raise CheckpointError(
+            f"{path}: the class is {config.get('_class_name')}, expected SD3Transformer2DModel"
+        )
+    return config
+
+
+def load_diffusers_transformer(folder: Path | str, module: nn.Module, mesh: Mesh) -> None:
+    """Fill a stage's parameters and position table from a diffusers folder, in place.
+
+    The position table is taken over bit for bit, in the file's dtype.
+
+    Args:
+        folder: A diffusers pipeline folder or a transformer alone; one file or shards.
+        module: An ``MMDiTStage``; every parameter carries its layout.
+        mesh: This process: which slices it needs.
+
+    Raises:
+        CheckpointError: No diffusers folder; keys missing, unexpected or wrongly shaped (all are
+            listed); another architecture than the module's. Nothing is changed then.
+    """
+    config = MMDiTConfig.from_diffusers(read_transformer_config(folder))
+    files = SafetensorsFolder(transformer_folder(folder))
+    check_keys(config, files.shapes, str(files.folder))
+    table = mapping(config)
+    _check_fit(module, {name: entry.shape for name, entry in table.items()}, str(folder))
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            region = local_slice(layout_of(parameter), mesh)
+            local = table[name].to_ours(files.read, region)
+            parameter.copy_(local.reshape(parameter.shape))
+    if POSITION in dict(module.named_buffers()):
+        position = table[POSITION].to_ours(files.read).to(mesh.device)
+        _set_buffer(module, POSITION, position)
+
+
+def load_checkpoint_weights(
+    path: Path | str, module: nn.Module, mesh: Mesh, weights: Weights = "ema"
+) -> dict[str, Any]:
+    """Fill a stage's parameters and position table from a checkpoint of ours, in place.
+
+    Args:
+        path: A committed checkpoint, of any layout.
+        module: An ``MMDiTStage`` of the same architecture.
+        mesh: This process among all; every rank calls it.
+        weights: ``ema`` or ``plain``.
+
+    Returns:
+        The checkpoint's ``trainer.json``.
+
+    Raises:
+        CheckpointError: On every rank: see ``store.load``.
+    """
+    prefix = store.EMA if weights == "ema" else store.MODEL
+    wanted: dict[str, BoxedTensor] = {}
+    # In fp32, whatever the parameters are: torch casts while copying, element by element.
+    for name, parameter in module.named_parameters():
+        whole = parameter.data.view(-1)
+        wanted[prefix + name] = BoxedTensor.from_range(
+            layout_of(parameter), mesh, 0, whole.numel(), whole
+        )
+    buffers = dict(module.named_buffers())
+    if POSITION in buffers:
+        _set_buffer(module, POSITION, torch.empty_like(buffers[POSITION], dtype=torch.float32))
+        position = module.get_buffer(POSITION)
+        wanted[store.MODEL + POSITION] = BoxedTensor.whole(position)
+    return store.load(path, wanted, mesh)
+
+
+def load_weights(
+    source: Path | str, module: nn.Module, mesh: Mesh, weights: Weights = "ema"
+) -> dict[str, Any] | None:
+    """Fill a stage from what ``model.init_from`` may name; every rank calls it.
+
+    Args:
+        source: A run folder (its newest checkpoint), a checkpoint, or a diffusers folder.
+        module, mesh, weights: See ``load_checkpoint_weights``; a diffusers folder has one kind.
+
+    Returns:
+        The checkpoint's ``trainer.json`` with its folder as ``checkpoint``; None for a diffusers
+        folder.
+
+    Raises:
+        CheckpointError: It is neither, or does not fit the model.
+    """
+    found = on_rank_0(mesh, lambda: find_weights(source), f"cannot take weights from {source}")
+    if found is None:
+        load_diffusers_transformer(source, module, mesh)
+        return None
+    return {**load_checkpoint_weights(found, module, mesh, weights), "checkpoint": str(found)}
+
+
+def find_weights(source: Path | str) -> Path | None:
+    """The checkpoint that ``source`` names, or None if it is a diffusers folder.
+
+    Raises:
+        CheckpointError: It is neither.
+    """
+    source = Path(source)
+    for marker in ("model_index.json", "config.json", "transformer"):
+        if (source / marker).exists():
+            read_transformer_config(source)
+            return None
+    return store.find(source)
+
+
+def _check_fit(module: nn.Module, shapes: dict[str, tuple[int, ...]], where: str) -> None:
+    layouts = {name: layout_of(parameter) for name, parameter in module.named_parameters()}
+    unknown = [name for name in layouts if name not in shapes]
+    wrong = [
+        f"{name}: {shapes[name]} in the folder, {layout.global_shape} in the model"
+        for name, layout in layouts.items()
+        if name in shapes and layout.global_shape != shapes[name]
+    ]
+    problems = listing("parameters not in the folder", unknown) + listing("wrong shapes", wrong)
+    if problems:
+        raise CheckpointError(f"the transformer in {where} is another architecture: {problems}")
+
+
+def _set_buffer(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    owner, _, attribute = name.rpartition(".")
+    setattr(module.get_submodule(owner), attribute, value)

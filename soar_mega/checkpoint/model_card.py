@@ -1,0 +1,56 @@
+"""The README.md of an exported model: where its weights come from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def model_card(
+    extra: Mapping[str, Any], checkpoint: Path, base: Path, weights: str, transformer_only: bool
+) -> str:
+    """Markdown with the lineage recorded in a checkpoint.
+
+    Args:
+        extra: The checkpoint's ``trainer.json``.
+        checkpoint: Its folder.
+        base: The diffusers folder that the rest of the pipeline comes from.
+        weights: ``ema`` or ``plain``.
+        transformer_only: Whether the folder holds the transformer alone.
+    """
+    facts = {
+        "weights": weights,
+        "checkpoint": checkpoint.name,
+        "trained from": extra["model"]["pretrained"],
+        **({} if transformer_only else {"rest of the pipeline": str(base)}),
+        **extra.get("lineage", {}),
+    }
+    rows = [f"| {key} | {_cell(value)} |" for key, value in facts.items() if value is not None]
+    kind = "SD3Transformer2DModel" if transformer_only else "StableDiffusion3Pipeline"
+    return "\n".join(
+        [
+            "---",
+            "library_name: diffusers",
+            "---",
+            "",
+            f"# {extra.get('lineage', {}).get('run', checkpoint.parent.parent.name)}",
+            "",
+            "Exported by soar_mega.",
+            "",
+            "```python",
+            f"from diffusers import {kind}",
+            "",
+            f'model = {kind}.from_pretrained("this folder")',
+            "```",
+            "",
+            "| lineage | |",
+            "|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+def _cell(value: object) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")

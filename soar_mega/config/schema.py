@@ -1,0 +1,230 @@
+"""Every key of a configuration, its type, default, range and meaning.
+
+Rules between keys that need no world size live here too; those that do are in
+:mod:`soar_mega.config.world`. Paths are relative to the working directory.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, StringConstraints, model_validator
+
+from soar_mega.config.objective import FlowMatchingConfig, SoarConfig
+from soar_mega.config.section import Section, broken_rule
+
+Text = Annotated[str, StringConstraints(min_length=1)]
+# YAML gives lists; the frozen configuration keeps tuples.
+Texts = Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]
+
+# Latents are 8 times smaller than pictures and enter the model in 2x2 patches.
+RESOLUTION_STEP = 16
+
+
+class RunConfig(Section):
+    """The run as a whole."""
+
+    dir: Text = Field(description="Folder of the run: metrics, checkpoints, resolved config.")
+    name: Text | None = Field(None, description="Name in logs and trackers; null: the folder's.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of every random draw of the run.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA if there is.")
+    deterministic: bool = Field(True, description="Use deterministic kernels only.")
+
+
+class ModelConfig(Section):
+    """Where architecture and starting weights come from."""
+
+    pretrained: Text = Field(
+        description="diffusers folder: architecture, VAE, text encoders, tokenizers, scheduler."
+    )
+    init: Literal["pretrained", "random"] = Field(
+        "pretrained", description="Start from that folder's transformer weights, or fresh ones."
+    )
+    init_from: Text | None = Field(
+        None, description="Start a new run from this run, checkpoint or export; wins over init."
+    )
+    init_from_weights: Literal["ema", "plain"] = Field(
+        "ema", description="Which weights of init_from."
+    )
+
+
+class ParallelConfig(Section):
+    """How the model is spread over processes; what is left is data parallel."""
+
+    tensor_model_parallel_size: int = Field(
+        1, ge=1, description="Processes that share each layer; must divide the attention heads."
+    )
+    sequence_parallel: bool = Field(
+        False, description="Shard activations between tensor-parallel layers by token too."
+    )
+
+    @model_validator(mode="after")
+    def _sequence_parallel_needs_tensor_parallel(self) -> Self:
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise broken_rule(
+                "parallel.sequence_parallel = true needs parallel.tensor_model_parallel_size > 1, "
+                "but it is 1; set sequence_parallel to false or raise the size",
+                "parallel.sequence_parallel",
+                "parallel.tensor_model_parallel_size",
+            )
+        return self
+
+
+class PrecisionConfig(Section):
+    """Number formats; master weights and optimizer state are always fp32."""
+
+    compute_dtype: Literal["bf16", "fp32"] = Field("bf16", description="Weights and activations.")
+    grad_reduce_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="Gradients while they are summed over data-parallel ranks."
+    )
+
+
+class DataConfig(Section):
+    """The training data: WebDataset tar shards."""
+
+    shards: Text | Texts = Field(description="Glob or list of globs of tar shards.")
+    resolution: int = Field(
+        64,
+        ge=RESOLUTION_STEP,
+        multiple_of=RESOLUTION_STEP,
+        description="Side of the square training pictures in pixels.",
+    )
+    max_sequence_length: int = Field(77, ge=1, le=512, description="T5 tokens per prompt.")
+    cache_encoded: bool = Field(
+        False, description="Encode every sample once, before training, and train on the result."
+    )
+    random_flip: bool = Field(False, description="Mirror half of the pictures.")
+    num_decode_threads: int = Field(2, ge=1, description="Threads decoding pictures.")
+
+    @model_validator(mode="after")
+    def _cached_samples_cannot_flip(self) -> Self:
+        if self.cache_encoded and self.random_flip:
+            raise broken_rule(
+                "data.random_flip = true cannot go with data.cache_encoded = true: a cached latent "
+                "is encoded once and never flipped again; set one of them to false",
+                "data.random_flip",
+                "data.cache_encoded",
+            )
+        return self
+
+
+class OptimizerConfig(Section):
+    """AdamW and the learning-rate schedule."""
+
+    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="Decay of the second moment.")
+    adam_epsilon: float = Field(1e-8, gt=0, description="Added to the denominator.")
+    weight_decay: float = Field(1e-4, ge=0, description="Decoupled weight decay.")
+    lr_scheduler: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="Course of the learning rate after the warm-up."
+    )
+    lr_warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
+    lr_min_ratio: float = Field(
+        0.0, ge=0, le=1, description="Final learning rate of linear and cosine over the peak."
+    )
+
+
+class TrainConfig(Section):
+    """Length of the run, batch, clipping, EMA, recomputation."""
+
+    max_train_steps: int = Field(ge=1, description="Optimizer steps of the whole run.")
+    micro_batch_size: int = Field(ge=1, description="Samples of one pass on one rank.")
+    global_batch_size: int = Field(ge=1, description="Samples of one step over all ranks.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="Decay of the averaged weights.")
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none", description="Which activations to recompute in the backward."
+    )
+
+    @model_validator(mode="after")
+    def _micro_batches_fill_the_global_batch(self) -> Self:
+        total, micro = self.global_batch_size, self.micro_batch_size
+        if total % micro:
+            near = [n for n in (total // micro * micro, -(-total // micro) * micro) if n]
+            raise broken_rule(
+                f"train.global_batch_size = {total} must be a multiple of train.micro_batch_size = "
+                f"{micro}; nearest that work: {' or '.join(map(str, near))}",
+                "train.global_batch_size",
+                "train.micro_batch_size",
+            )
+        return self
+
+
+class CheckpointConfig(Section):
+    """Saving and resuming."""
+
+    checkpointing_steps: int = Field(500, ge=1, description="Steps between checkpoints.")
+    checkpoints_total_limit: int | None = Field(
+        None, ge=1, description="Keep only this many newest checkpoints; null keeps all."
+    )
+    resume: Text = Field(
+        "none", description="none, latest (of run.dir), or the path of a checkpoint."
+    )
+
+
+class LoggingConfig(Section):
+    """What is reported while training."""
+
+    log_every: int = Field(1, ge=1, description="Steps between console lines.")
+    wandb_project: Text | None = Field(None, description="wandb project; null: no wandb.")
+    wandb_mode: Literal["online", "offline"] = Field("online", description="wandb's mode.")
+    peak_tflops: float | None = Field(
+        None, gt=0, description="Peak TFLOP/s of one device, for MFU; null: MFU is not reported."
+    )
+    timestep_bins: int = Field(10, ge=1, description="Bins of the training loss by noise level.")
+
+
+class ValidationConfig(Section):
+    """Validation loss at fixed timesteps with fixed noise, and a picture grid."""
+
+    validation_steps: int | None = Field(
+        None, ge=1, description="Steps between validation losses; null: off."
+    )
+    shards: Text | Texts | None = Field(None, description="Held-out shards, as data.shards.")
+    num_samples: int = Field(64, ge=1, description="Samples of the validation loss.")
+    num_timesteps: int = Field(8, ge=1, description="Equidistant timesteps of each sample.")
+    prompts: Annotated[tuple[Text, ...], Field(strict=False)] = Field(
+        (), description="Prompts of the picture grid."
+    )
+    image_steps: int | None = Field(
+        None, ge=1, description="Steps between picture grids; null: off."
+    )
+    num_inference_steps: int = Field(28, ge=1, le=1000, description="Sampling steps of the grid.")
+    guidance_scale: float = Field(4.5, ge=0, description="Guidance scale of the grid.")
+
+    @model_validator(mode="after")
+    def _has_something_to_validate_on(self) -> Self:
+        if self.validation_steps is not None and self.shards is None:
+            raise broken_rule(
+                f"validation.validation_steps = {self.validation_steps} needs validation.shards, "
+                "which is null; name held-out shards or set validation_steps to null",
+                "validation.validation_steps",
+                "validation.shards",
+            )
+        if self.image_steps is not None and not self.prompts:
+            raise broken_rule(
+                f"validation.image_steps = {self.image_steps} needs validation.prompts, which is "
+                "empty; give at least one prompt or set image_steps to null",
+                "validation.image_steps",
+                "validation.prompts",
+            )
+        return self
+
+
+class Config(Section):
+    """A whole configuration; made by :func:`soar_mega.config.load_config`."""
+
+    run: RunConfig = Field(description="The run as a whole.")
+    model: ModelConfig = Field(description="Architecture and starting weights.")
+    parallel: ParallelConfig = Field(ParallelConfig(), description="Spread over processes.")
+    precision: PrecisionConfig = Field(PrecisionConfig(), description="Number formats.")
+    objective: Annotated[FlowMatchingConfig | SoarConfig, Field(discriminator="name")] = Field(
+        description="What is trained."
+    )
+    data: DataConfig = Field(description="The training data.")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="AdamW and its schedule.")
+    train: TrainConfig = Field(description="Length, batch, clipping, EMA, recomputation.")
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="Saving and resuming.")
+    logging: LoggingConfig = Field(LoggingConfig(), description="What is reported.")
+    validation: ValidationConfig = Field(ValidationConfig(), description="Validation.")

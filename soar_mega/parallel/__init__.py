@@ -1,0 +1,1 @@
+"""Device mesh, tensor and sequence parallel primitives, sharded data parallel."""

@@ -1,0 +1,157 @@
+"""Tensor- and sequence-parallel communication as differentiable functions.
+
+Each is the identity (or a plain reshape) on a mesh of tensor size 1. Sequence-first tensors: the
+sequence is dimension 0.
+
+Legend: L tokens, B samples, D width; ``x_LBD`` is whole on every tensor rank, ``x_lBD`` is one rank's
+share of the tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from soar_mega.parallel.mesh import Mesh
+
+
+# torch 2.13 renamed the two calls and warns about the old names, which 2.11 alone knows.
+all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def _all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
+    x = x.contiguous() if not x.is_contiguous() else x.clone()
+    dist.all_reduce(x, group=group)
+    return x
+
+
+def _all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
+    size = dist.get_world_size(group)
+    out = x.new_empty((size * x.shape[0], *x.shape[1:]))
+    all_gather_into(out, x.contiguous(), group=group)
+    return out
+
+
+def _reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
+    size = dist.get_world_size(group)
+    out = x.new_empty((x.shape[0] // size, *x.shape[1:]))
+    reduce_scatter_into(out, x.contiguous(), group=group)
+    return out
+
+
+def _own_share(x: Tensor, group: ProcessGroup) -> Tensor:
+    return x.chunk(dist.get_world_size(group), dim=0)[dist.get_rank(group)].contiguous()
+
+
+class _Copy(torch.autograd.Function):
+    """Forward: as is. Backward: sum over the group."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _all_reduce(grad, ctx.group), None
+
+
+class _Reduce(torch.autograd.Function):
+    """Forward: sum over the group. Backward: as is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        return _all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _Gather(torch.autograd.Function):
+    """Forward: all shares on every rank. Backward: reduce-scatter, or one's own share."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup, partial_gradient: bool) -> Tensor:
+        ctx.group, ctx.partial_gradient = group, partial_gradient
+        return _all_gather(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        back = _reduce_scatter if ctx.partial_gradient else _own_share
+        return back(grad, ctx.group), None, None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    """Forward: sum over the group, keep one's share. Backward: all shares."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _reduce_scatter(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _all_gather(grad, ctx.group), None
+
+
+class _Split(torch.autograd.Function):
+    """Forward: one's own share. Backward: all shares."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _own_share(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _all_gather(grad, ctx.group), None
+
+
+def copy_to_tensor_ranks(x: Tensor, mesh: Mesh) -> Tensor:
+    """Entry of a column-parallel region: the same input everywhere, gradients summed."""
+    return x if mesh.tensor_group is None else _Copy.apply(x, mesh.tensor_group)
+
+
+def reduce_from_tensor_ranks(x: Tensor, mesh: Mesh) -> Tensor:
+    """Exit of a row-parallel region: partial outputs summed on every rank."""
+    return x if mesh.tensor_group is None else _Reduce.apply(x, mesh.tensor_group)
+
+
+def gather_tokens(x_lBD: Tensor, mesh: Mesh, *, partial_gradient: bool = True) -> Tensor:
+    """All tokens from every rank's share, in rank order.
+
+    Args:
+        partial_gradient: True where each rank's later work contributes only its own part of the
+            gradient (a column-parallel linear follows); False where all ranks compute the same.
+    """
+    if mesh.tensor_group is None:
+        return x_lBD
+    return _Gather.apply(x_lBD, mesh.tensor_group, partial_gradient)
+
+
+def reduce_scatter_tokens(x_LBD: Tensor, mesh: Mesh) -> Tensor:
+    """Exit of a row-parallel region with sequence parallel: sums, each rank keeping its tokens."""
+    return x_LBD if mesh.tensor_group is None else _ReduceScatter.apply(x_LBD, mesh.tensor_group)
+
+
+def split_tokens(x_LBD: Tensor, mesh: Mesh) -> Tensor:
+    """One's own share of tokens that every rank holds."""
+    return x_LBD if mesh.tensor_group is None else _Split.apply(x_LBD, mesh.tensor_group)
+
+
+def padded_length(length: int, mesh: Mesh) -> int:
+    """``length`` rounded up so that the tensor ranks' shares are equal."""
+    return -(-length // mesh.tensor_size) * mesh.tensor_size
+
+
+def pad_tokens(x_LBD: Tensor, length: int) -> Tensor:
+    """Zero rows appended up to ``length`` tokens."""
+    missing = length - x_LBD.shape[0]
+    return x_LBD if missing == 0 else F.pad(x_LBD, (0, 0) * (x_LBD.dim() - 1) + (0, missing))

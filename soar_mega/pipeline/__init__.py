@@ -1,0 +1,1 @@
+"""Running the passes of a step."""

@@ -1,0 +1,1 @@
+"""Generating pictures through the parallel model."""

@@ -1,0 +1,134 @@
+"""Latents from noise through our model, with diffusers' own scheduler.
+
+Text conditions and the way from latents to pixels are the caller's: this room knows no encoders.
+
+Legend: B pictures, C/H/W latent channels, height, width.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from soar_mega.passes import ModelInput, TextCondition
+from soar_mega.rng import Purpose, normal
+
+ModelFunction = Callable[[ModelInput], Tensor]
+
+
+def start_noise(
+    seeds: Sequence[int], shape_CHW: tuple[int, int, int], device: torch.device | str = "cpu"
+) -> Tensor:
+    """The noise each picture starts from, fp32 (B, C, H, W).
+
+    A function of the picture's seed and shape alone: the same on every device and in every layout.
+
+    Raises:
+        ValueError: A seed is negative or 2^32 or more.
+    """
+    slots_B = torch.tensor(list(seeds), dtype=torch.int64)
+    count = shape_CHW[0] * shape_CHW[1] * shape_CHW[2]
+    return normal(0, Purpose.SAMPLING, 0, slots_B, count, device=device).view(-1, *shape_CHW)
+
+
+@torch.no_grad()
+def generate(
+    model: ModelFunction,
+    prompts: TextCondition,
+    empty: TextCondition,
+    scheduler_folder: Path | str,
+    *,
+    latents_BCHW: Tensor,
+    num_inference_steps: int = 28,
+    guidance_scale: float = 4.5,
+    batch_size: int | None = None,
+) -> Tensor:
+    """Denoise latents as ``StableDiffusion3Pipeline`` does, with classifier-free guidance.
+
+    Args:
+        model: The velocity of a ``ModelInput``, for example an ``MMDiTStage``; with tensor
+            parallelism every rank calls ``generate`` with the same arguments.
+        prompts: Condition of each picture, B rows.
+        empty: Condition of the empty prompt, one row.
+        scheduler_folder: A folder with ``scheduler_config.json``, for example a diffusers model's
+            ``scheduler``.
+        latents_BCHW: What to start from, fp32, on the model's device: see ``start_noise``.
+        num_inference_steps: Steps from noise to picture.
+        guidance_scale: Strength of the prompt; at most 1 means no guidance and no empty pass.
+        batch_size: Pictures at a time; None: all at once.
+
+    Returns:
+        Clean latents (B, C, H, W), fp32, scaled and shifted as the model sees them.
+
+    Raises:
+        ValueError: The number of prompts and latents differ, or a number is out of range.
+    """
+    count = len(latents_BCHW)
+    if len(prompts.text_BTE) != count or len(empty.text_BTE) != 1:
+        raise ValueError(
+            f"{len(prompts.text_BTE)} prompts and {len(empty.text_BTE)} empty prompts for {count} "
+            "pictures: one prompt each and one empty prompt are needed"
+        )
+    if num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps is {num_inference_steps}: it must be at least 1")
+    size = count if batch_size is None else batch_size
+    if size < 1:
+        raise ValueError(f"batch size is {size}: it must be at least 1")
+    done = []
+    for start in range(0, count, size):
+        part = slice(start, start + size)
+        condition = TextCondition(prompts.text_BTE[part], prompts.pooled_BV[part])
+        done.append(
+            _denoise(
+                model,
+                condition,
+                empty,
+                _scheduler(scheduler_folder),
+                latents_BCHW[part].float(),
+                num_inference_steps,
+                guidance_scale,
+            )
+        )
+    return torch.cat(done)
+
+
+def _scheduler(folder: Path | str) -> Any:
+    path = Path(folder) / "scheduler_config.json"
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: it says how the model is sampled")
+    config = json.loads(path.read_text())
+    kind = config.get("_class_name")
+    if kind != "FlowMatchEulerDiscreteScheduler" or config.get("use_dynamic_shifting"):
+        raise ValueError(
+            f"{path} is a {kind} (use_dynamic_shifting {config.get('use_dynamic_shifting')}): "
+            "a FlowMatchEulerDiscreteScheduler with a fixed shift is supported"
+        )
+    return FlowMatchEulerDiscreteScheduler.from_config(config)
+
+
+def _denoise(
+    model: ModelFunction,
+    prompts: TextCondition,
+    empty: TextCondition,
+    scheduler: Any,
+    latent_BCHW: Tensor,
+    steps: int,
+    guidance: float,
+) -> Tensor:
+    rows = len(latent_BCHW)
+    nothing = TextCondition(empty.text_BTE.expand(rows, -1, -1), empty.pooled_BV.expand(rows, -1))
+    scheduler.set_timesteps(steps, device=latent_BCHW.device)
+    for timestep in scheduler.timesteps:
+        timestep_B = timestep.to(latent_BCHW.dtype).expand(rows)
+        velocity_BCHW = model(ModelInput(latent_BCHW, timestep_B, prompts)).float()
+        if guidance > 1:
+            free_BCHW = model(ModelInput(latent_BCHW, timestep_B, nothing)).float()
+            velocity_BCHW = free_BCHW + guidance * (velocity_BCHW - free_BCHW)
+        latent_BCHW = scheduler.step(velocity_BCHW, timestep, latent_BCHW, return_dict=False)[0]
+    return latent_BCHW

@@ -1,0 +1,1 @@
+"""The trainer: start-up, step, optimizer, EMA, validation, saving."""

@@ -1,0 +1,196 @@
+"""From a configuration to everything a run needs, with all that can be refused refused first."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from soar_mega.backends.torch import TorchBackend
+from soar_mega.checkpoint.importer import (
+    load_diffusers_transformer,
+    load_weights,
+    read_transformer_config,
+)
+from soar_mega.config import Config, ConfigError
+from soar_mega.config.world import check_world
+from soar_mega.data.encoders import FrozenEncoders, check_folder
+from soar_mega.data.index import ShardIndex, build_index
+from soar_mega.data.loader import StepLoader
+from soar_mega.data.sampler import Sampler
+from soar_mega.launch.environment import ProcessEnvironment
+from soar_mega.model.config import MMDiTConfig
+from soar_mega.model.init import initialise
+from soar_mega.model.stage import MMDiTStage
+from soar_mega.objectives import make_objective
+from soar_mega.parallel.mesh import Mesh
+from soar_mega.parallel.sharded import ShardedParameters
+from soar_mega.training import saving
+from soar_mega.training.step import Stepper
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_START_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found out before any process group, weight or encoder was touched."""
+
+    architecture: MMDiTConfig
+    index: ShardIndex
+    validation_index: ShardIndex | None
+
+
+def check(config: Config, process: ProcessEnvironment) -> Checked:
+    """Everything that can be refused without talking to other ranks; the same on all of them.
+
+    Raises:
+        ConfigError, ValueError: The first problem found, naming setting, value, rule and fix.
+    """
+    check_world(config, process.world_size)
+    check_folder(config.model.pretrained)
+    architecture = MMDiTConfig.from_diffusers(read_transformer_config(config.model.pretrained))
+    architecture.check_tensor_parallel(config.parallel.tensor_model_parallel_size)
+    index = build_index(_patterns(config.data.shards))
+    validation = config.validation
+    validation_index = None
+    if validation.validation_steps is not None and validation.shards is not None:
+        validation_index = build_index(_patterns(validation.shards), setting="validation.shards")
+        if validation.num_samples > len(validation_index):
+            raise ConfigError(
+                f"validation.num_samples = {validation.num_samples}, but validation.shards hold "
+                f"{len(validation_index)} samples: lower it or add shards"
+            )
+    return Checked(architecture, index, validation_index)
+
+
+def _patterns(shards: str | tuple[str, ...]) -> str | list[str]:
+    return shards if isinstance(shards, str) else list(shards)
+
+
+def device_of(config: Config, process: ProcessEnvironment) -> torch.device:
+    """The device ``run.device`` means for this process.
+
+    Raises:
+        ConfigError: CUDA is asked for and not there.
+    """
+    if config.run.device == "cpu" or (
+        config.run.device == "auto" and not torch.cuda.is_available()
+    ):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("run.device = cuda, but torch finds no CUDA device: use auto or cpu")
+    return torch.device("cuda", process.local_rank % torch.cuda.device_count())
+
+
+def start_processes(process: ProcessEnvironment, device: torch.device) -> None:
+    """Join the default process group where there is more than one process."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if process.world_size == 1:
+        return
+    os.environ["MASTER_ADDR"] = process.master_address
+    os.environ["MASTER_PORT"] = str(process.master_port)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        rank=process.rank,
+        world_size=process.world_size,
+        timeout=_START_TIMEOUT,
+    )
+
+
+@dataclass
+class Run:
+    """A run ready for its next step.
+
+    Attributes:
+        done_steps: Steps already done (of the checkpoint it was resumed from).
+        lineage: Where the starting weights come from, for checkpoints and model cards.
+        resumed: The checkpoint it goes on from, or None.
+    """
+
+    config: Config
+    mesh: Mesh
+    stepper: Stepper
+    loader: StepLoader
+    encoders: FrozenEncoders
+    checked: Checked
+    done_steps: int
+    lineage: dict[str, Any]
+    resumed: Path | None
+
+
+def build(config: Config, checked: Checked, device: torch.device) -> Run:
+    """Model, weights, optimizer and data of a run; every rank calls it."""
+    mesh = Mesh.build(config.parallel.tensor_model_parallel_size, device)
+    path = saving.find(config, mesh)
+    stage = MMDiTStage(
+        checked.architecture,
+        mesh,
+        TorchBackend(),
+        sequence_parallel=config.parallel.sequence_parallel,
+        activation_checkpointing=config.train.activation_checkpointing,
+    )
+    lineage = {} if path is not None else _starting_weights(config, stage, mesh)
+    parameters = ShardedParameters(
+        stage,
+        mesh,
+        DTYPES[config.precision.compute_dtype],
+        DTYPES[config.precision.grad_reduce_dtype],
+    )
+    encoders = FrozenEncoders.load(
+        config.model.pretrained, device=device, dtype=DTYPES[config.precision.compute_dtype]
+    )
+    shift = config.objective.shift if config.objective.shift is not None else encoders.shift
+    objective = make_objective(config.objective, shift=shift, seed=config.run.seed)
+    stepper = Stepper(config, mesh, stage, parameters, objective)
+    done_steps = 0
+    if path is not None:
+        done_steps, recorded = saving.resume(stepper, path, checked.index.fingerprint())
+        lineage = {k: v for k, v in recorded.items() if k not in ("run", "step", "objective")}
+    loader = StepLoader(
+        checked.index,
+        Sampler(len(checked.index), config.run.seed),
+        encoders,
+        mesh,
+        seed=config.run.seed,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        resolution=config.data.resolution,
+        max_sequence_length=config.data.max_sequence_length,
+        cache_encoded=config.data.cache_encoded,
+        random_flip=config.data.random_flip,
+        num_decode_threads=config.data.num_decode_threads,
+    )
+    return Run(
+        config, mesh, stepper, loader, encoders, checked, done_steps, lineage, resumed=path
+    )
+
+
+def _starting_weights(config: Config, stage: MMDiTStage, mesh: Mesh) -> dict[str, Any]:
+    """Fill the stage by the ``model`` section; returns the lineage to record."""
+    model = config.model
+    if model.init_from is not None:
+        parent = load_weights(model.init_from, stage, mesh, model.init_from_weights)
+        if parent is None:
+            return {"parent": model.init_from}
+        facts = parent["lineage"]
+        return {
+            "parent": parent["checkpoint"],
+            "parent_weights": model.init_from_weights,
+            "parent_run": facts["run"],
+            "parent_step": facts["step"],
+            "parent_objective": facts["objective"],
+        }
+    if model.init == "random":
+        initialise(stage, config.run.seed)
+        return {"parent": f"fresh weights, seed {config.run.seed}"}
+    load_diffusers_transformer(model.pretrained, stage, mesh)
+    return {"parent": model.pretrained}
+
+

@@ -1,0 +1,91 @@
+"""One optimizer step: passes, one reduction of gradients, clipping, update, EMA, new weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from soar_mega.config import Config
+from soar_mega.model.stage import MMDiTStage
+from soar_mega.parallel.mesh import Mesh
+from soar_mega.parallel.sharded import ShardedParameters
+from soar_mega.passes import MicroBatch, Objective
+from soar_mega.pipeline.executor import run_microbatches
+from soar_mega.training.optimizer import ShardEMA, ShardOptimizer, learning_rate
+from soar_mega.training.report import loss_metrics
+
+
+class NotFinite(RuntimeError):
+    """The loss or the gradient is NaN or infinite; the weights are untouched."""
+
+
+class Stepper:
+    """Everything that changes in a step, and the step."""
+
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        stage: MMDiTStage,
+        parameters: ShardedParameters,
+        objective: Objective,
+    ) -> None:
+        self.config, self.mesh, self.stage = config, mesh, stage
+        self.parameters, self.objective = parameters, objective
+        self.optimizer = ShardOptimizer(parameters.master_shard, config.optimizer)
+        self.ema = ShardEMA(parameters.master_shard, config.train.ema_decay)
+        self._lambda_aux = float(getattr(config.objective, "lambda_aux", 0.0))
+
+    def run(self, step: int, microbatches: Sequence[MicroBatch]) -> dict[str, float]:
+        """Train on one global batch.
+
+        Args:
+            step: From 0.
+            microbatches: All of this rank's, pulled before the first pass.
+
+        Returns:
+            ``train/*`` and ``optim/*`` metrics, equal on every rank.
+
+        Raises:
+            NotFinite: On every rank alike, before anything was changed.
+        """
+        self.parameters.zero_gradients()
+        counts = torch.stack([self.objective.count(micro) for micro in microbatches]).sum(dim=0)
+        counts = counts.to(self.mesh.device)
+        if self.mesh.data_group is not None:
+            dist.all_reduce(counts, group=self.mesh.data_group)
+        terms = run_microbatches(
+            self.stage, self.objective, microbatches, self.objective.normaliser(counts)
+        )
+        gradient = self.parameters.reduce_gradients()
+        norm = self.parameters.gradient_norm(gradient)
+        metrics = loss_metrics(
+            terms,
+            microbatches,
+            self.config.train.global_batch_size,
+            self._lambda_aux,
+            self.config.logging.timestep_bins,
+            self.mesh,
+        )
+        lr = learning_rate(self.config.optimizer, step, self.config.train.max_train_steps)
+        metrics |= {"optim/grad_norm": float(norm), "optim/lr": lr}
+        self._refuse_non_finite(step, metrics)
+
+        limit = self.config.train.max_grad_norm
+        gradient.mul_(torch.clamp(limit / (norm + 1e-6), max=1.0).to(gradient.dtype))
+        self.optimizer.update(gradient, lr)
+        self.ema.update(self.parameters.master_shard, self.optimizer.step)
+        self.parameters.publish()
+        return metrics
+
+    def _refuse_non_finite(self, step: int, metrics: dict[str, float]) -> None:
+        for name in ("train/loss", "optim/grad_norm"):
+            value = torch.tensor(metrics[name])
+            if not torch.isfinite(value):
+                raise NotFinite(
+                    f"{name} is {metrics[name]} in step {step + 1}: the run stops with the weights of "
+                    f"step {step}. Lower optimizer.learning_rate (now {metrics['optim/lr']:g}), lengthen "
+                    "optimizer.lr_warmup_steps, or look for a bad sample"
+                )

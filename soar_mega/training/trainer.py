@@ -1,0 +1,183 @@
+"""The loop: load, step, report, validate, save."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from soar_mega.config import Config, ConfigError, dump_yaml
+from soar_mega.launch.environment import ProcessEnvironment
+from soar_mega.launch.provenance import write_environment
+from soar_mega.parallel.layout import parameter_layouts
+from soar_mega.telemetry.flops import forward_flops, model_flops_utilisation, training_factor
+from soar_mega.telemetry.metrics import MetricsWriter
+from soar_mega.telemetry.progress import Progress
+from soar_mega.telemetry.tracking import NoTracker, Tracker, open_tracker
+from soar_mega.training import saving
+from soar_mega.training.setup import Run, build, check, device_of, start_processes
+from soar_mega.training.validation import Validation
+
+
+def train(config: Config) -> None:
+    """Run the configuration to its last step.
+
+    Raises:
+        ConfigError: Before any training, on every rank alike.
+        NotFinite: The loss or gradient is not finite; nothing of that step was kept.
+    """
+    process = ProcessEnvironment.read(os.environ)
+    device = device_of(config, process)
+    with _as_config_error():
+        checked = check(config, process)
+    torch.use_deterministic_algorithms(config.run.deterministic)
+    start_processes(process, device)
+    try:
+        with _as_config_error():
+            run = build(config, checked, device)
+        try:
+            _loop(run, process)
+        finally:
+            run.loader.close()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@contextmanager
+def _as_config_error() -> Iterator[None]:
+    """While a run is put together, whatever a room refuses is the user's to mend."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+class _Reporter:
+    """Rank 0's metrics file, console and tracker; silent elsewhere."""
+
+    def __init__(self, run: Run, process: ProcessEnvironment) -> None:
+        config = run.config
+        self._writer: MetricsWriter | None = None
+        self._progress: Progress | None = None
+        self._tracker: Tracker = NoTracker()
+        if run.mesh.rank != 0:
+            return
+        folder = Path(config.run.dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.resolved.yaml").write_text(dump_yaml(config))
+        write_environment(folder, process)
+        self._writer = MetricsWriter(folder, run.done_steps)
+        self._tracker = open_tracker(
+            config.logging,
+            folder,
+            name=config.run.name,
+            config=config.model_dump(mode="json"),
+            resumed=run.resumed is not None,
+        )
+        self._progress = Progress(
+            config.train.max_train_steps, run.done_steps, every=config.logging.log_every
+        )
+
+    def note(self, text: str) -> None:
+        if self._progress is not None:
+            self._progress.note(text)
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        if self._writer is not None and self._progress is not None:
+            self._writer.write(step, metrics)
+            self._tracker.log(step, metrics)
+            self._progress.update(step, metrics)
+
+    def picture(self, step: int, path: Path | None) -> None:
+        if path is not None:
+            self._tracker.log_image(step, "val/pictures", path)
+            self.note(f"pictures of step {step}: {path}")
+
+    def close(self) -> None:
+        if self._writer is not None and self._progress is not None:
+            self._progress.close()
+            self._writer.close()
+            self._tracker.finish(0 if sys.exc_info()[0] is None else 1)
+
+
+def _loop(run: Run, process: ProcessEnvironment) -> None:
+    config = run.config
+    reporter = _Reporter(run, process)
+    try:
+        _announce(run, reporter)
+        validation = Validation(run)
+        flops = training_factor(config.objective) * _sample_flops(run)
+        last = config.train.max_train_steps
+        for step in range(run.done_steps, last):
+            began = time.perf_counter()
+            microbatches = run.loader.load(step)
+            loaded = time.perf_counter()
+            metrics = run.stepper.run(step, microbatches)
+            ended = time.perf_counter()
+            metrics |= _speed(run, flops, ended - began, loaded - began)
+            done = step + 1
+            if validation.is_due(done):
+                metrics |= validation.losses()
+            reporter.step(done, metrics)
+            if validation.pictures_due(done):
+                reporter.picture(done, validation.pictures(done))
+            if done % config.checkpoint.checkpointing_steps == 0 or done == last:
+                path = saving.save(
+                    run.stepper, done, run.lineage, run.checked.index.fingerprint()
+                )
+                reporter.note(f"checkpoint: {path}")
+        if run.done_steps >= last:
+            reporter.note(f"nothing to do: {run.done_steps} of {last} steps are done")
+    finally:
+        reporter.close()
+
+
+def _announce(run: Run, reporter: _Reporter) -> None:
+    mesh, config = run.mesh, run.config
+    layouts = parameter_layouts(run.stepper.stage).values()
+    parameters = sum(math.prod(layout.global_shape) for layout in layouts)
+    reporter.note(
+        f"{config.objective.name}: {parameters / 1e6:.1f}M parameters on {mesh.world_size} "
+        f"process(es), tensor parallel {mesh.tensor_size}, data parallel {mesh.data_size}; "
+        f"{len(run.checked.index)} samples; run folder {config.run.dir}"
+    )
+    if run.resumed is not None:
+        reporter.note(f"resumed from {run.resumed} at step {run.done_steps}")
+    elif config.checkpoint.resume == "latest":
+        reporter.note(
+            f"checkpoint.resume = latest, but {Path(config.run.dir) / saving.CHECKPOINTS} holds no "
+            "checkpoint: starting fresh"
+        )
+
+
+def _sample_flops(run: Run) -> int:
+    architecture = run.checked.architecture
+    _, height, width = run.encoders.latent_shape(run.config.data.resolution)
+    return forward_flops(
+        architecture,
+        height * width // architecture.patch_size**2,
+        run.loader.empty.text_BTE.shape[1],
+    )
+
+
+def _speed(run: Run, flops: int, seconds: float, waited: float) -> dict[str, float]:
+    config = run.config
+    rate = config.train.global_batch_size / seconds
+    metrics = {
+        "perf/step_time_s": seconds,
+        "perf/samples_per_s": rate,
+        "perf/data_wait_pct": 100.0 * waited / seconds,
+    }
+    if config.logging.peak_tflops is not None:
+        metrics["perf/mfu"] = model_flops_utilisation(
+            rate, flops, run.mesh.world_size, config.logging.peak_tflops
+        )
+    return metrics

@@ -1,0 +1,132 @@
+"""Validation: loss at fixed timesteps with fixed noise, and pictures of fixed prompts and seeds.
+
+Both use the averaged (EMA) weights. The loss is a table over (timestep, sample) that the data-parallel
+ranks fill in together and every rank sums in one order, in fp64.
+
+Legend: S samples, K timesteps, B samples of a batch, C/H/W latent channels, height, width.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from soar_mega.data.loader import load_validation
+from soar_mega.objectives.sigmas import shift_sigma
+from soar_mega.passes import ModelInput, TextCondition
+from soar_mega.rng import Purpose, normal
+from soar_mega.sampling.generate import generate, start_noise
+from soar_mega.sampling.pictures import grid, to_pictures
+from soar_mega.training.setup import Run
+
+
+class Validation:
+    """Held-out samples, encoded once, and the prompts of the picture grid."""
+
+    def __init__(self, run: Run) -> None:
+        self._run, config = run, run.config
+        self.settings = config.validation
+        self._latents_SCHW: Tensor | None = None
+        if run.checked.validation_index is not None:
+            self._latents_SCHW, self._captions = load_validation(
+                run.checked.validation_index,
+                run.encoders,
+                self.settings.num_samples,
+                resolution=config.data.resolution,
+                max_sequence_length=config.data.max_sequence_length,
+            )
+        if self.settings.image_steps is not None:
+            self._prompts = run.encoders.encode_prompts(
+                self.settings.prompts, config.data.max_sequence_length
+            )
+
+    def is_due(self, step: int) -> bool:
+        """Whether losses are measured after ``step`` steps."""
+        every = self.settings.validation_steps
+        last = self._run.config.train.max_train_steps
+        return every is not None and (step % every == 0 or step == last)
+
+    def pictures_due(self, step: int) -> bool:
+        """Whether pictures are drawn after ``step`` steps."""
+        every = self.settings.image_steps
+        last = self._run.config.train.max_train_steps
+        return every is not None and (step % every == 0 or step == last)
+
+    @torch.no_grad()
+    def losses(self) -> dict[str, float]:
+        """``val/loss`` and ``val/loss_t_<permille>``: mean squared error over all samples."""
+        run, mesh = self._run, self._run.mesh
+        assert self._latents_SCHW is not None
+        S, K = len(self._latents_SCHW), self.settings.num_timesteps
+        shift = run.config.objective.shift or run.encoders.shift
+        t_K = (torch.arange(K, dtype=torch.float64) + 0.5) / K
+        sigma_K = shift_sigma(t_K, shift)
+        table_KS = torch.zeros(K, S, dtype=torch.float64, device=mesh.device)
+        own = torch.arange(mesh.data_rank, S, mesh.data_size)
+        with run.stepper.parameters.borrow(run.stepper.ema.shard):
+            for samples_B in own.split(run.config.train.micro_batch_size):
+                for k in range(K):
+                    error_B = self._errors(samples_B, float(sigma_K[k]), k)
+                    table_KS[k, samples_B.to(mesh.device)] = error_B
+        if mesh.data_group is not None:
+            dist.all_reduce(table_KS, group=mesh.data_group)
+        by_time = table_KS.mean(dim=1).tolist()
+        metrics = {"val/loss": sum(by_time) / K}
+        for t, value in zip(t_K.tolist(), by_time, strict=True):
+            metrics[f"val/loss_t_{round(1000 * t):04d}"] = value
+        return metrics
+
+    def _errors(self, samples_B: Tensor, sigma: float, k: int) -> Tensor:
+        run = self._run
+        assert self._latents_SCHW is not None
+        device = run.mesh.device
+        rows = samples_B.to(device)
+        clean_BCHW = self._latents_SCHW[rows]
+        noise_BCHW = normal(
+            run.config.run.seed,
+            Purpose.VALIDATION,
+            0,
+            samples_B,
+            clean_BCHW[0].numel(),
+            index=k,
+            device=device,
+        ).view_as(clean_BCHW)
+        condition = TextCondition(self._captions.text_BTE[rows], self._captions.pooled_BV[rows])
+        state_BCHW = (1 - sigma) * clean_BCHW + sigma * noise_BCHW
+        timestep_B = torch.full((len(rows),), 1000 * sigma, device=device)
+        velocity_BCHW = run.stepper.stage(ModelInput(state_BCHW, timestep_B, condition)).float()
+        return (velocity_BCHW - (noise_BCHW - clean_BCHW)).square().mean(dim=(1, 2, 3)).double()
+
+    def pictures(self, step: int) -> Path | None:
+        """Draw the prompts; rank 0 writes ``samples/step_<step>/grid.png`` and returns its path."""
+        run, mesh = self._run, self._run.mesh
+        shape = run.encoders.latent_shape(run.config.data.resolution)
+        own = list(range(mesh.data_rank, len(self.settings.prompts), mesh.data_size))
+        pictures = {}
+        with run.stepper.parameters.borrow(run.stepper.ema.shard):
+            if own:
+                latents_BCHW = generate(
+                    run.stepper.stage,
+                    TextCondition(self._prompts.text_BTE[own], self._prompts.pooled_BV[own]),
+                    run.loader.empty,
+                    Path(run.config.model.pretrained) / "scheduler",
+                    latents_BCHW=start_noise(own, shape, mesh.device),
+                    num_inference_steps=self.settings.num_inference_steps,
+                    guidance_scale=self.settings.guidance_scale,
+                )
+                drawn = to_pictures(run.encoders.decode(latents_BCHW))
+                pictures = dict(zip(own, drawn, strict=True))
+        parts = [pictures]
+        if mesh.data_group is not None:
+            parts = [{} for _ in range(mesh.data_size)]
+            dist.all_gather_object(parts, pictures, group=mesh.data_group)
+        if mesh.rank != 0:
+            return None
+        everything = {number: picture for part in parts for number, picture in part.items()}
+        path = Path(run.config.run.dir) / "samples" / f"step_{step:08d}" / "grid.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        grid([everything[number] for number in sorted(everything)]).save(path)
+        return path

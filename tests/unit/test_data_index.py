@@ -1,0 +1,247 @@
+"""Which samples the index finds, and what it says about shards it cannot use."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from soar_mega.data.index import DataError, ShardIndex, build_index, find_shards, scan_shard
+
+
+def picture(number: int = 0, size: tuple[int, int] = (16, 16), kind: str = "PNG") -> bytes:
+    """An encoded picture of one colour that depends on ``number``."""
+    out = io.BytesIO()
+    colour = (number * 37 % 256, number * 91 % 256, number * 53 % 256)
+    Image.new("RGB", size, colour).save(out, kind)
+    return out.getvalue()
+
+
+def write_tar(path: Path, members: Sequence[tuple[str, bytes]]) -> Path:
+    """A tar with these members."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def write_shards(folder: Path, counts: Sequence[int], captions: int = 1000) -> Path:
+    """Shards ``NNN.tar`` of so many samples; every ``captions`` samples the captions repeat."""
+    number = 0
+    for shard, count in enumerate(counts):
+        members: list[tuple[str, bytes]] = []
+        for _ in range(count):
+            members.append((f"s{number:04d}.png", picture(number)))
+            members.append((f"s{number:04d}.txt", f"caption {number % captions}\n".encode()))
+            number += 1
+        write_tar(folder / f"{shard:03d}.tar", members)
+    return folder
+
+
+def keys(index: ShardIndex) -> list[str]:
+    return [index.key(sample) for sample in range(len(index))]
+
+
+def test_samples_in_shard_order_with_their_bytes(tmp_path: Path) -> None:
+    write_shards(tmp_path, [3, 2, 4])
+    index = build_index(str(tmp_path / "*.tar"), num_threads=3)
+    assert keys(index) == [f"s{n:04d}" for n in range(9)]
+    for sample in range(9):
+        assert index.read_image(sample) == picture(sample)
+        assert index.read_caption(sample) == f"caption {sample}"
+    assert "001.tar" in index.where(4) and "'s0004'" in index.where(4)
+    for outside in (-1, 9):
+        with pytest.raises(IndexError):
+            index.read_caption(outside)
+
+
+def test_members_may_be_apart_in_folders_and_upper_case(tmp_path: Path) -> None:
+    path = write_tar(
+        tmp_path / "a.tar",
+        [
+            ("./x/a.JPG", picture(1, kind="JPEG")),
+            ("x/b.webp", picture(2, kind="WEBP")),
+            ("x/b.json", json.dumps({"caption": " zwei ü "}).encode()),
+            ("x/a.txt", b"eins"),
+            ("x/a.json", b'{"caption": "not this one"}'),
+            ("x/a.cls", b"7"),
+        ],
+    )
+    index = build_index(str(path))
+    assert keys(index) == ["x/a", "x/b"]
+    assert [index.read_caption(s) for s in range(2)] == ["eins", "zwei ü"]
+    assert index.ignored() == {"other extensions": 1}
+
+
+def test_patterns(tmp_path: Path) -> None:
+    for name in ("t-008", "t-009", "t-010", "u-1", "u-2", "odd{1}[x]"):
+        write_tar(tmp_path / f"{name}.tar", [])
+
+    def names(*patterns: str) -> list[str]:
+        return [Path(p).stem for p in find_shards([str(tmp_path / p) for p in patterns])]
+
+    assert names("t-{008..010}.tar") == ["t-008", "t-009", "t-010"]
+    assert names("u-{2..1}.tar") == ["u-2", "u-1"]
+    assert names("{u-1,t-*}.tar") == ["u-1", "t-008", "t-009", "t-010"]
+    assert names("{t-00{9,8},u-1}.tar") == ["t-009", "t-008", "u-1"]
+    assert names("u-*.tar", "t-009.tar") == ["u-1", "u-2", "t-009"]
+    assert names("odd{1}[x].tar") == ["odd{1}[x]"]
+
+
+@pytest.mark.parametrize(
+    ("shards", "words"),
+    [
+        ("{tmp}/none-*.tar", "no shard matches"),
+        ("{tmp}/000.tarr", "no shard matches"),
+        (["{tmp}/000.tar", "{tmp}/none.tar"], "no shard matches"),
+        ("{tmp}", "is a folder"),
+        (["{tmp}/000.tar", "{tmp}/*.tar"], "names .*000.tar 2 times"),
+        ([], "names no shard"),
+        ("https://host/a.tar", "must be local files"),
+        ("pipe:cat a.tar", "must be local files"),
+    ],
+)
+def test_what_matches_nothing_is_named(tmp_path: Path, shards: object, words: str) -> None:
+    write_shards(tmp_path, [1])
+    fill = str(tmp_path)
+    named = (
+        shards.replace("{tmp}", fill)
+        if isinstance(shards, str)
+        else [s.replace("{tmp}", fill) for s in shards]  # type: ignore[attr-defined]
+    )
+    with pytest.raises(DataError, match=rf"^validation\.shards=.*{words}"):
+        build_index(named, setting="validation.shards")
+
+
+def test_missing_captions_are_counted_and_named(tmp_path: Path) -> None:
+    good = [("a.png", picture()), ("a.txt", b"x")]
+    write_tar(tmp_path / "0.tar", good)
+    write_tar(tmp_path / "1.tar", [*good, ("b.png", picture()), ("c.png", picture())])
+    with pytest.raises(DataError, match=r"1\.tar: 2 of 3 samples have no caption \(first: 'b'\)"):
+        build_index(str(tmp_path / "*.tar"))
+
+
+def test_json_without_caption_is_found_by_the_scan(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [("a.png", picture()), ("a.json", b'{"text": "x"}')])
+    with pytest.raises(DataError, match=r"a\.tar, key 'a'.*no string field 'caption'"):
+        build_index(str(path))
+
+
+@pytest.mark.parametrize(
+    ("second", "words"),
+    [("a.png", r"both \.png and \.png"), ("a.jpg", r"both \.png and \.jpg")],
+)
+def test_duplicate_keys_are_refused(tmp_path: Path, second: str, words: str) -> None:
+    members = [("a.png", picture()), ("a.txt", b"x"), (second, picture())]
+    with pytest.raises(DataError, match=words):
+        scan_shard(str(write_tar(tmp_path / "a.tar", members)))
+
+
+def test_links_devices_and_odd_names_are_ignored(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, data in [("a.png", picture()), ("a.txt", b"x")]:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+        for name, kind in [
+            ("l.png", tarfile.SYMTYPE),
+            ("h.png", tarfile.LNKTYPE),
+            ("d.png", tarfile.CHRTYPE),
+            ("f.png", tarfile.FIFOTYPE),
+        ]:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/passwd"
+            tar.addfile(info)
+        for name in ("../x.png", "/abs.png", ".hidden.png", "a\nb.png", "x//y.png", "run.pkl"):
+            tar.addfile(tarfile.TarInfo(name))
+    shard = scan_shard(str(path))
+    assert shard.keys == ["a"]
+    assert shard.ignored["links, devices and sparse files"] == 4
+    assert shard.ignored["odd names"] == 5
+    assert shard.ignored["other extensions"] == 1
+
+
+def test_every_cut_of_a_tar_is_noticed(tmp_path: Path) -> None:
+    whole = (write_shards(tmp_path, [3]) / "000.tar").read_bytes()
+    used = len(whole.rstrip(b"\0"))
+    end = -(-used // 512) * 512
+    cut = tmp_path / "cut.tar"
+    for length in [0, 1, 511, 512, *range(600, end, 487), end, end + 511]:
+        cut.write_bytes(whole[:length])
+        with pytest.raises(DataError, match=r"cut\.tar"):
+            scan_shard(str(cut))
+    cut.write_bytes(whole[: end + 512])
+    assert len(scan_shard(str(cut)).keys) == 3
+
+
+def test_damaged_header_and_joined_archives_are_noticed(tmp_path: Path) -> None:
+    whole = (write_shards(tmp_path, [2]) / "000.tar").read_bytes()
+    damaged = bytearray(whole)
+    second = damaged.index(b"s0001.png")
+    damaged[second + 148] ^= 0x7F  # the header's checksum
+    (tmp_path / "bad.tar").write_bytes(damaged)
+    with pytest.raises(DataError, match="starts no member header"):
+        scan_shard(str(tmp_path / "bad.tar"))
+    (tmp_path / "two.tar").write_bytes(whole + whole)
+    with pytest.raises(DataError, match="joined with cat"):
+        scan_shard(str(tmp_path / "two.tar"))
+
+
+def test_huge_extended_header_is_not_read(tmp_path: Path) -> None:
+    info = tarfile.TarInfo("x")
+    info.type, info.size = tarfile.XHDTYPE, 1 << 32
+    path = tmp_path / "a.tar"
+    path.write_bytes(info.tobuf() + bytes(1024))
+    with pytest.raises(DataError, match="limit"):
+        scan_shard(str(path))
+
+
+def test_unreadable_compressed_and_empty(tmp_path: Path) -> None:
+    (tmp_path / "text.tar").write_text("no tar " * 200)
+    with tarfile.open(tmp_path / "gz.tar", "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("a.png"))
+    for name in ("text.tar", "gz.tar"):
+        with pytest.raises(DataError, match=f"{name}: not readable as an uncompressed tar"):
+            build_index(str(tmp_path / name))
+    with pytest.raises(DataError, match="hold no sample"):
+        build_index(str(write_tar(tmp_path / "empty.tar", [])))
+    with pytest.raises(DataError, match=r"odd\.tar: no sample in it \(1 other extensions\)"):
+        build_index(str(write_tar(tmp_path / "odd.tar", [("a.b.png", b"")])))
+
+
+def test_all_bad_shards_are_reported_at_once(tmp_path: Path) -> None:
+    for number in range(8):
+        write_tar(tmp_path / f"{number}.tar", [("a.png", picture())])
+    with pytest.raises(DataError, match=r"8 of 8 shards[\s\S]*4\.tar[\s\S]*and 3 more"):
+        build_index(str(tmp_path / "*.tar"))
+
+
+def test_a_shard_that_shrinks_after_the_scan_is_an_error(tmp_path: Path) -> None:
+    path = write_shards(tmp_path, [2]) / "000.tar"
+    index = build_index(str(path))
+    path.write_bytes(path.read_bytes()[:600])
+    with pytest.raises(DataError, match=r"000\.tar, key 's0001'.*changed after it was scanned"):
+        index.read_image(1)
+    path.unlink()
+    with pytest.raises(DataError, match="cannot be read"):
+        index.read_image(1)
+
+
+def test_fingerprint_follows_names_sizes_and_keys_but_not_the_folder(tmp_path: Path) -> None:
+    a, b, c = tmp_path / "a", tmp_path / "b", tmp_path / "c"
+    for folder in (a, b, c):
+        folder.mkdir()
+        write_shards(folder, [2, 2])
+    write_tar(c / "001.tar", [("s0002.png", picture(2)), ("s0002.txt", b"caption 2\n")])
+    prints = [build_index(str(f / "*.tar")).fingerprint() for f in (a, b, c)]
+    assert prints[0] == prints[1] != prints[2]
+    backwards = build_index([str(a / "001.tar"), str(a / "000.tar")]).fingerprint()
+    assert backwards != prints[0]

@@ -1,0 +1,71 @@
+#!/usr/bin/env python
+"""Trains the frozen parts of the tiny pipeline and writes their weights (fp16 safetensors).
+
+``vae`` trains the AutoencoderKL on digit pictures (about 8 minutes of one core), ``text`` the three
+text encoders on captions (about 1 minute). The results are shipped under assets/, so this is needed
+only when the pictures, the captions or the sizes of these parts change.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from soar_mega.data import digits, tiny_text, tiny_vae
+
+
+def _report(step: int, loss: float, seconds: float) -> None:
+    print(f"step {step:5d}  loss {loss:.5f}  {seconds:6.1f} s", flush=True)
+
+
+def _train_vae(arguments: argparse.Namespace) -> None:
+    vae = tiny_vae.train_vae(
+        seed=arguments.seed,
+        steps=arguments.steps,
+        batch_size=arguments.batch_size,
+        learning_rate=arguments.learning_rate,
+        report=_report,
+    )
+    tiny_vae.save_vae(vae, arguments.out)
+    vae = tiny_vae.load_vae(arguments.out)
+    pictures = digits.draw_many(
+        digits.held_out_scenes(256, arguments.seed), digits.load_scans("held_out"), arguments.seed
+    )
+    again = tiny_vae.decode(vae, tiny_vae.encode(vae, pictures))
+    print(f"PSNR on held-out pictures: {tiny_vae.psnr(pictures, again):.1f} dB")
+
+
+def _train_text(arguments: argparse.Namespace) -> None:
+    parts = tiny_text.train_text_parts(tiny_text.TextSizes(), arguments.seed)
+    tiny_text.save_encoders(parts, arguments.out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="part", required=True)
+    shows_defaults = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    vae = commands.add_parser("vae", help="the AutoencoderKL", **shows_defaults)
+    vae.add_argument("--out", type=Path, default=tiny_vae.SHIPPED_WEIGHTS, help="file to write")
+    vae.add_argument("--steps", type=int, default=2400, help="optimiser steps")
+    vae.add_argument("--batch-size", type=int, default=12, help="whole pictures in a step")
+    vae.add_argument("--learning-rate", type=float, default=3e-3, help="peak learning rate")
+    vae.set_defaults(function=_train_vae)
+    text = commands.add_parser("text", help="the three text encoders", **shows_defaults)
+    text.add_argument("--out", type=Path, default=tiny_text.SHIPPED_WEIGHTS, help="file to write")
+    text.set_defaults(function=_train_text)
+    for command in (vae, text):
+        command.add_argument("--seed", type=int, default=0, help="of weights, data and noise")
+        command.add_argument("--threads", type=int, default=1, help="CPU threads")
+    arguments = parser.parse_args()
+
+    torch.set_num_threads(arguments.threads)
+    arguments.function(arguments)
+    print(f"wrote {arguments.out} ({arguments.out.stat().st_size / 1e6:.2f} MB)")
+
+
+if __name__ == "__main__":
+    main()
