@@ -42,7 +42,7 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 11) <= v < (3, 13))' || { \
 	  echo "make: $(PYTHON) is not Python 3.11 or 3.12 (it is: $$($(PYTHON) --version 2>&1));" \
 	    "name one that is: make PYTHON=python3.12 ..." >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(DEMO_READY): pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -e '.[demo]'

@@ -48,7 +48,7 @@ class TextCondition:
     pooled_BV: Tensor
 
     def repeat(self, states: int) -> TextCondition:
-        """The same condition for each of ``states`` states, state-major (row = state * B + sample)."""
+        """The condition for each of ``states`` states, state-major (row = state * B + sample)."""
         if states == 1:
             return self
         return TextCondition(self.text_BTE.repeat(states, 1, 1), self.pooled_BV.repeat(states, 1))
@@ -89,8 +89,8 @@ class ModelInput:
 
 
 class Objective(Protocol):
-    """What the executor asks of an objective. ``state`` is the objective's own per-microbatch record;
-    both ends of a pipeline build it from the same microbatch and draw the same numbers."""
+    """What the executor asks of an objective. ``state`` is the objective's own per-microbatch
+    record; both ends of a pipeline build it from the same microbatch and draw the same numbers."""
 
     def passes(self) -> tuple[Pass, ...]:
         """The passes of every microbatch, in an order one process can run."""
@@ -107,7 +107,9 @@ class Objective(Protocol):
     def make_input(self, p: Pass, state: Any) -> ModelInput:
         """First stage: the input of pass ``p``."""
 
-    def take_output(self, p: Pass, state: Any, velocity_BCHW: Tensor, normaliser: Tensor) -> Tensor | None:
+    def take_output(
+        self, p: Pass, state: Any, velocity_BCHW: Tensor, normaliser: Tensor
+    ) -> Tensor | None:
         """Last stage: the loss to run backward from (already divided by ``normaliser``) for a pass
         with gradient, None otherwise; keeps what later passes need, detached."""
 

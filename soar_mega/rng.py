@@ -91,8 +91,7 @@ def uniform(
         ValueError: A part of the address is out of range.
     """
     words = _draw(seed, purpose, step, slots_B, numel, path, index, device)
-    flat_BN = torch.stack([_unit_interval(word) for word in words], dim=-1).flatten(1)
-    return flat_BN[:, :numel]
+    return _unit_interval(torch.stack(words, dim=-1)).flatten(1)[:, :numel]
 
 
 def normal(
@@ -319,10 +318,7 @@ def _cos_sin(word: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _normals(words: Sequence[Tensor]) -> Tensor:
-    """Box-Muller: four words to four normals, (B, K, 4)."""
-    columns = []
-    for length, angle in (words[:2], words[2:]):
-        radius = (_minus_log(length) * 2.0).sqrt()
-        cosine, sine = _cos_sin(angle)
-        columns += [radius * cosine, radius * sine]
-    return torch.stack(columns, dim=-1)
+    """Box-Muller: words 0 and 1 make normals 0 and 1, words 2 and 3 make 2 and 3; (B, K, 2, 2)."""
+    radius = (_minus_log(torch.stack((words[0], words[2]), dim=-1)) * 2.0).sqrt()
+    cosine, sine = _cos_sin(torch.stack((words[1], words[3]), dim=-1))
+    return torch.stack((radius * cosine, radius * sine), dim=-1)

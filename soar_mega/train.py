@@ -1,4 +1,4 @@
-"""Train: ``python -m soar_mega.train CONFIG.yaml [section.key=value ...]``, also under torchrun and srun."""
+"""``python -m soar_mega.train CONFIG.yaml [section.key=value ...]``, also by torchrun and srun."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="YAML file; its base: may name files to inherit from")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="win over the file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="win over the file"
+    )
     parser.add_argument(
         "--print-config", action="store_true", help="print the resolved configuration and stop"
     )

@@ -47,14 +47,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="part", required=True)
-    shows_defaults = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
-    vae = commands.add_parser("vae", help="the AutoencoderKL", **shows_defaults)
+    with_defaults = argparse.ArgumentDefaultsHelpFormatter
+    vae = commands.add_parser("vae", help="the AutoencoderKL", formatter_class=with_defaults)
     vae.add_argument("--out", type=Path, default=tiny_vae.SHIPPED_WEIGHTS, help="file to write")
     vae.add_argument("--steps", type=int, default=2400, help="optimiser steps")
     vae.add_argument("--batch-size", type=int, default=12, help="whole pictures in a step")
     vae.add_argument("--learning-rate", type=float, default=3e-3, help="peak learning rate")
     vae.set_defaults(function=_train_vae)
-    text = commands.add_parser("text", help="the three text encoders", **shows_defaults)
+    text = commands.add_parser(
+        "text", help="the three text encoders", formatter_class=with_defaults
+    )
     text.add_argument("--out", type=Path, default=tiny_text.SHIPPED_WEIGHTS, help="file to write")
     text.set_defaults(function=_train_text)
     for command in (vae, text):

@@ -13,9 +13,10 @@ from soar_mega.parallel.mesh import Mesh
 class Backend(Protocol):
     """What the model is built from.
 
-    Linears take and return sequence-first tensors (``x_LBD``); with ``sequence_parallel`` the side that
-    faces the residual stream holds one rank's share of the tokens. Weights are ``(out, in)`` and may be
-    a flattened view of their layout's shape (a fused QKV is laid out ``(3, D, D)``, stored ``(3D, D)``).
+    Linears take and return sequence-first tensors (``x_LBD``); with ``sequence_parallel`` the side
+    that faces the residual stream holds one rank's share of the tokens. Weights are ``(out, in)``
+    and may be a flattened view of their layout's shape (a fused QKV is laid out ``(3, D, D)``,
+    stored ``(3D, D)``).
     """
 
     name: str
@@ -23,7 +24,7 @@ class Backend(Protocol):
     def column_linear(
         self, weight: ParameterLayout, bias: ParameterLayout, mesh: Mesh, *, sequence_parallel: bool
     ) -> nn.Module:
-        """Output features cut over the tensor ranks; input whole, or gathered from shares of tokens."""
+        """Output features cut over the tensor ranks; input whole, or gathered by tokens."""
 
     def row_linear(
         self, weight: ParameterLayout, bias: ParameterLayout, mesh: Mesh, *, sequence_parallel: bool

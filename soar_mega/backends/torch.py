@@ -1,7 +1,7 @@
 """The backend that runs anywhere: plain PyTorch.
 
-Legend: L query tokens, S key tokens, B samples, D width, H heads, d head width; ``x_lBD`` is one tensor
-rank's share of the tokens.
+Legend: L query tokens, S key tokens, B samples, D width, H heads, d head width; ``x_lBD`` is one
+tensor rank's share of the tokens.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def load_checkpoint_weights(
     """
     prefix = store.EMA if weights == "ema" else store.MODEL
     wanted: dict[str, BoxedTensor] = {}
-    # In fp32, whatever the parameters are: torch casts while copying, element by element.
+    # Stored in fp32; cast to the parameter's dtype while it is copied in.
     for name, parameter in module.named_parameters():
         whole = parameter.data.view(-1)
         wanted[prefix + name] = BoxedTensor.from_range(

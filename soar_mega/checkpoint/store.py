@@ -9,8 +9,9 @@ others, so that all ranks resume from the same place or fail with the same words
 Names of tensors begin with MODEL (fp32 master weights, and stored buffers), EMA, or what else the
 trainer chooses (optimizer moments); behind MODEL and EMA comes the parameter's name. Converters
 read these keys of ``trainer.json``: ``model.pretrained`` (the diffusers folder the run started
-with), ``model.transformer`` (the transformer config in diffusers' words) and ``lineage`` (facts for
-the model card, plain values).
+with), ``model.transformer`` (the transformer config in diffusers' words), optionally
+``model.max_sequence_length`` (T5 tokens it was trained with) and ``lineage`` (facts for the model
+card, plain values).
 """
 
 from __future__ import annotations

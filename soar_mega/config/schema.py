@@ -55,19 +55,9 @@ class ParallelConfig(Section):
         1, ge=1, description="Processes that share each layer; must divide the attention heads."
     )
     sequence_parallel: bool = Field(
-        False, description="Shard activations between tensor-parallel layers by token too."
+        False,
+        description="Cut activations between tensor-parallel layers by token; none at size 1.",
     )
-
-    @model_validator(mode="after")
-    def _sequence_parallel_needs_tensor_parallel(self) -> Self:
-        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
-            raise broken_rule(
-                "parallel.sequence_parallel = true needs parallel.tensor_model_parallel_size > 1, "
-                "but it is 1; set sequence_parallel to false or raise the size",
-                "parallel.sequence_parallel",
-                "parallel.tensor_model_parallel_size",
-            )
-        return self
 
 
 class PrecisionConfig(Section):

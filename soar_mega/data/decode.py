@@ -19,7 +19,9 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 2**26  # 67 million: above any camera's picture, 200 MB decoded
 
 
-def decode_image(data: bytes, resolution: int, *, flip: bool = False, where: str = "image") -> Tensor:
+def decode_image(
+    data: bytes, resolution: int, *, flip: bool = False, where: str = "image"
+) -> Tensor:
     """Decode, bring upright, resize the shortest side to ``resolution`` and crop the centre.
 
     Args:
@@ -39,8 +41,8 @@ def decode_image(data: bytes, resolution: int, *, flip: bool = False, where: str
             width, height = opened.size
             if width * height > MAX_PIXELS:
                 raise DataError(
-                    f"{where}: {width} x {height} pixels; the limit is {MAX_PIXELS} pixels, checked "
-                    "before decoding. Make the picture smaller or remove the sample."
+                    f"{where}: {width} x {height} pixels; the limit is {MAX_PIXELS} pixels, "
+                    "checked before decoding. Make the picture smaller or remove the sample."
                 )
             picture = _square(_to_rgb(ImageOps.exif_transpose(opened)), resolution)
     except DataError:

@@ -1,9 +1,9 @@
 """Captioned pictures of handwritten numbers, composed of real scans.
 
-scikit-learn ships 1,797 handwritten digits, scanned to 8x8 points of 17 grey levels. A ``Scene`` says
-what a picture shows (a number of one to three digits, ink, paper, position), ``draw`` composes it
-from scans, and everything the scene says can be read back from the pixels, so that what a model drew
-can be checked against its caption without downloading anything.
+scikit-learn ships 1,797 handwritten digits, scanned to 8x8 points of 17 grey levels. A ``Scene``
+says what a picture shows (a number of one to three digits, ink, paper, position), ``draw`` composes
+it from scans, and everything the scene says can be read back from the pixels, so that what a model
+drew can be checked against its caption without downloading anything.
 
 The picture is a grid of 4x4 cells of 16 px, the area of one image token of a model whose VAE
 downsamples by 8 and that patchifies by 2. Every digit fills one cell, so a number is a horizontal
@@ -11,8 +11,8 @@ run of cells in the top or the bottom row, flush with the left or the right edge
 
 Two splits, the same for every seed:
 
-- by scan, within each digit class: 50 % ``generator`` (training pictures), 40 % ``reader`` (training
-  of the classifier that reads generated pictures), 10 % ``held_out`` (pictures neither has seen);
+- by scan, within each digit class: 50 % ``generator`` (training pictures), 40 % ``reader``
+  (training of the classifier that reads generated pictures), 10 % ``held_out`` (seen by neither);
 - by number: a fifth of the two-digit and a fifth of the three-digit numbers appear in held-out
   scenes only. One-digit numbers appear in training scenes only.
 
@@ -24,7 +24,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -107,9 +107,7 @@ class Scene:
     @property
     def caption(self) -> str:
         """The sentence that describes the picture; ``parse_caption`` inverts it."""
-        return (
-            f"the number {self.number} in {self.ink} ink on {self.paper} paper, {self.position}"
-        )
+        return f"the number {self.number} in {self.ink} ink on {self.paper} paper, {self.position}"
 
     def cells(self) -> list[tuple[int, int]]:
         """(row, column) of the cell of each digit, first digit first."""
@@ -159,6 +157,16 @@ class Scans:
     glyphs_NGQ: np.ndarray
     by_digit: tuple[np.ndarray, ...]
 
+    @classmethod
+    def of(cls, indices_N: np.ndarray, labels_N: np.ndarray, glyphs_NGQ: np.ndarray) -> Scans:
+        """Scans from their arrays, sorted into digits."""
+        by_digit = tuple(np.flatnonzero(labels_N == digit) for digit in range(10))
+        return cls(indices_N, labels_N, glyphs_NGQ, by_digit)
+
+    def subset(self, chosen: np.ndarray) -> Scans:
+        """The scans at some positions of these arrays."""
+        return Scans.of(self.indices_N[chosen], self.labels_N[chosen], self.glyphs_NGQ[chosen])
+
 
 def _glyph(scan: np.ndarray) -> np.ndarray:
     """An 8x8 scan (0 to 16) as smooth anti-aliased ink coverage, (G, Q) fp32 in [0, 1]."""
@@ -172,7 +180,7 @@ def _glyph(scan: np.ndarray) -> np.ndarray:
     return level.reshape(GLYPH_HEIGHT, 8, GLYPH_WIDTH, 8).mean(axis=(1, 3))
 
 
-@lru_cache(maxsize=None)
+@cache
 def load_scans(role: ScanRole) -> Scans:
     """The scans of one role; roles are disjoint and the same for every seed.
 
@@ -191,16 +199,11 @@ def load_scans(role: ScanRole) -> Scans:
         of_digit = rng.permutation(np.flatnonzero(data.target == digit))
         chosen.append(of_digit[round(low * len(of_digit)) : round(high * len(of_digit))])
     indices_N = np.sort(np.concatenate(chosen))
-    labels_N = data.target[indices_N]
-    return Scans(
-        indices_N=indices_N,
-        labels_N=labels_N,
-        glyphs_NGQ=np.stack([_glyph(data.images[index]) for index in indices_N]),
-        by_digit=tuple(np.flatnonzero(labels_N == digit) for digit in range(10)),
-    )
+    glyphs_NGQ = np.stack([_glyph(data.images[index]) for index in indices_N])
+    return Scans.of(indices_N, data.target[indices_N], glyphs_NGQ)
 
 
-@lru_cache(maxsize=None)
+@cache
 def held_out_numbers() -> frozenset[str]:
     """Two- and three-digit numbers that no training scene shows."""
     rng = np.random.default_rng(_SPLIT_SEED + 1)
@@ -230,13 +233,13 @@ def _scenes(
 
 def training_scenes(count: int, seed: int | Sequence[int]) -> list[Scene]:
     """``count`` scenes with one to three digits, none showing a held-out number."""
-    rng = np.random.default_rng([0, *np.atleast_1d(seed)])
+    rng = np.random.default_rng([*np.atleast_1d(seed), 0])
     return list(_scenes(count, rng, _TRAINING_LENGTHS, held_out=False))
 
 
 def held_out_scenes(count: int, seed: int | Sequence[int]) -> list[Scene]:
     """``count`` scenes with two or three digits, all showing held-out numbers."""
-    rng = np.random.default_rng([1, *np.atleast_1d(seed)])
+    rng = np.random.default_rng([*np.atleast_1d(seed), 1])
     return list(_scenes(count, rng, (0.0, 0.5, 0.5), held_out=True))
 
 

@@ -1,11 +1,12 @@
 """The frozen models of a diffusers SD3 folder: VAE, two CLIP text encoders and T5.
 
-Text conditions equal those of ``StableDiffusion3Pipeline.encode_prompt``. Both kinds of input run in
-calls of one fixed size (the last one filled up and cut): the bits of a result then depend on the
+Text conditions equal those of ``StableDiffusion3Pipeline.encode_prompt``. Both kinds of input run
+in calls of one fixed size (the last one filled up and cut): the bits of a result then depend on the
 sample alone, not on who else was encoded with it, so runs of another layout, or resumed with a cold
 cache, see the same data.
 
-Legend: B samples, H/W pixels or latent cells, C channels, T text tokens, E text width, V pooled width.
+Legend: B samples, H/W pixels or latent cells, C channels, T text tokens, E text width, V pooled
+width.
 """
 
 from __future__ import annotations
@@ -160,6 +161,10 @@ class FrozenEncoders:
         import diffusers
         import transformers
 
+        # Loading bars and remarks of both would bury what the run itself has to say.
+        for library in (diffusers, transformers):
+            library.logging.set_verbosity_error()
+            library.logging.disable_progress_bar()
         root = Path(folder).expanduser()
         lead = f"model.pretrained={str(folder)!r}: "
         loaded: dict[str, Any] = {}
@@ -168,7 +173,7 @@ class FrozenEncoders:
                 continue
             kind = getattr(diffusers if part == "vae" else transformers, name, None)
             if kind is None:
-                raise FolderError(f"{lead}{part} has the unknown class {name!r} in model_index.json")
+                raise FolderError(f"{lead}model_index.json: unknown class {name!r} of {part}")
             options = {"use_safetensors": True} if part in _ENCODERS else {}
             try:
                 loaded[part] = kind.from_pretrained(root / part, local_files_only=True, **options)
@@ -195,9 +200,10 @@ class FrozenEncoders:
             ValueError: The VAE's downsampling does not divide ``resolution``.
         """
         if resolution % self.downsampling:
+            above = -(-resolution // self.downsampling) * self.downsampling
             raise ValueError(
                 f"data.resolution={resolution}: must be a multiple of the VAE's downsampling "
-                f"{self.downsampling}; the next is {-(-resolution // self.downsampling) * self.downsampling}"
+                f"{self.downsampling}; the next is {above}"
             )
         side = resolution // self.downsampling
         return self.latent_channels, side, side
@@ -277,7 +283,7 @@ class FrozenEncoders:
         return ids_BT.to(self.device)
 
     def normalise(self, raw_BCHW: Tensor) -> Tensor:
-        """``(z - shift_factor) * scaling_factor``: the VAE's latents as the transformer sees them."""
+        """Latents as the transformer sees them: ``(z - shift_factor) * scaling_factor``."""
         return (raw_BCHW - self.shift_factor) * self.scaling_factor
 
     @torch.no_grad()

@@ -31,9 +31,7 @@ CAPTION_EXTENSIONS = ("txt", "json")  # in order of preference
 MAX_IMAGE_BYTES = 2**28
 MAX_CAPTION_BYTES = 2**20
 MAX_HEADER_BYTES = 2**20
-MAX_SHARDS = 1_000_000
-_BLOCK = 512
-_TAIL = 2**16  # how much after the end mark is looked at; writers pad with 10 KiB
+_BLOCK, _TAIL = 512, 2**16  # of the tail, this much is looked at; writers pad to 10 KiB
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 # Columns of Shard.table.
 _IMAGE_OFFSET, _IMAGE_SIZE, _CAPTION_OFFSET, _CAPTION_SIZE, _CAPTION_KIND = range(5)
@@ -62,11 +60,15 @@ class Shard:
     table: np.ndarray
     ignored: Counter[str]
 
+    def where(self, row: int) -> str:
+        """A sample's place in words, for messages."""
+        return f"{self.path}, key {self.keys[row]!r}"
+
 
 class ShardIndex:
     """All samples of a list of shards, numbered from 0 in shard order.
 
-    Reading needs no state: any thread may call ``read_image`` and ``read_caption``.
+    Any thread may read.
     """
 
     def __init__(self, shards: Sequence[Shard]) -> None:
@@ -91,7 +93,7 @@ class ShardIndex:
     def where(self, sample: int) -> str:
         """The sample's place in words, for messages."""
         shard, row = self._locate(sample)
-        return f"{shard.path}, key {shard.keys[row]!r}"
+        return shard.where(row)
 
     def read_image(self, sample: int) -> bytes:
         """The image member's bytes.
@@ -164,9 +166,9 @@ def build_index(
     index = ShardIndex(found)
     if len(index) == 0:
         raise DataError(
-            f"{setting}={shards!r}: {len(paths)} shards match but hold no sample; a sample is an "
-            f"image ({', '.join(IMAGE_EXTENSIONS)}) and a caption ({', '.join(CAPTION_EXTENSIONS)}) "
-            "of the same key. Point the setting at shards with samples."
+            f"{setting}={shards!r}: {len(paths)} shards match but hold no sample: an image "
+            f"({', '.join(IMAGE_EXTENSIONS)}) and a caption ({', '.join(CAPTION_EXTENSIONS)}) of "
+            "the same key. Point the setting at shards with samples."
         )
     return index
 
@@ -178,27 +180,17 @@ def find_shards(shards: str | Sequence[str], *, setting: str = "data.shards") ->
         DataError: A pattern matches nothing, a path is no file, or a file is named twice.
     """
     patterns = [shards] if isinstance(shards, str) else list(shards)
-    if not patterns or not all(patterns):
-        raise DataError(f"{setting}={shards!r}: names no shard. Give a path, a glob or a list.")
     paths: list[str] = []
     for pattern in patterns:
         if "://" in pattern or pattern.startswith("pipe:"):
-            raise DataError(
-                f"{setting}={pattern!r}: shards must be local files. Copy them here and give the "
-                "path or glob."
-            )
-        for number, path in enumerate(_expand(os.path.expanduser(pattern))):
-            if number >= MAX_SHARDS:
-                raise DataError(
-                    f"{setting}={pattern!r}: names more than {MAX_SHARDS} shards. Check the braces."
-                )
+            raise DataError(f"{setting}={pattern!r}: shards must be local files. Copy them here.")
+        for path in _expand(os.path.expanduser(pattern)):
             paths.extend(_matches(path, pattern, setting))
-    for path, times in Counter(os.path.abspath(path) for path in paths).items():
-        if times > 1:
-            raise DataError(
-                f"{setting}={shards!r}: names {path} {times} times; each shard counts once. "
-                "Remove the overlap."
-            )
+    if not paths:
+        raise DataError(f"{setting}={shards!r}: names no shard. Give a path, a glob or a list.")
+    path, times = Counter(map(os.path.abspath, paths)).most_common(1)[0]
+    if times > 1:
+        raise DataError(f"{setting}={shards!r}: names {path} {times} times. Remove the overlap.")
     return paths
 
 
@@ -206,10 +198,7 @@ def _matches(path: str, pattern: str, setting: str) -> list[str]:
     if os.path.isfile(path):  # first, so that a real name with [ or * in it is taken as it is
         return [path]
     if os.path.isdir(path):
-        raise DataError(
-            f"{setting}={pattern!r}: {path} is a folder, not a shard. "
-            f"Give {os.path.join(path, '*.tar')!r}."
-        )
+        raise DataError(f"{setting}={pattern!r}: {path} is a folder. Give {path + '/*.tar'!r}.")
     paths = sorted(p for p in glob.glob(path, recursive=True) if os.path.isfile(p))
     if not paths:
         raise DataError(
@@ -231,23 +220,17 @@ def _expand(pattern: str) -> Iterator[str]:
             if depth == 0:
                 cuts.append(place)
                 break
-        inner = pattern[opening + 1 : cuts[-1]] if depth == 0 else ""
-        span = _RANGE.fullmatch(inner)
-        if span or (depth == 0 and len(cuts) > 2):
-            pairs = itertools.pairwise(cuts)
-            choices = _numbers(span) if span else (pattern[low + 1 : high] for low, high in pairs)
+        choices = [pattern[a + 1 : b] for a, b in itertools.pairwise(cuts)] if depth == 0 else []
+        span = _RANGE.fullmatch(choices[0]) if len(choices) == 1 else None
+        if span:
+            width = len(span[1]) if span[1].startswith("0") else 0
+            choices = [f"{n:0{width}d}" for n in range(int(span[1]), int(span[2]) + 1)]
+        if span or len(choices) > 1:
             for choice in choices:
                 yield from _expand(pattern[:opening] + choice + pattern[cuts[-1] + 1 :])
             return
         opening = pattern.find("{", opening + 1)
     yield pattern
-
-
-def _numbers(span: re.Match[str]) -> Iterator[str]:
-    low, high = int(span[1]), int(span[2])
-    width = len(span[1]) if span[1].startswith("0") else 0
-    order = range(low, high + 1) if low <= high else range(low, high - 1, -1)
-    return (f"{number:0{width}d}" for number in order)
 
 
 class _HeaderFile(io.FileIO):
@@ -274,14 +257,14 @@ def scan_shard(path: str) -> Shard:
             size = os.fstat(file.fileno()).st_size
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 while (info := tar.next()) is not None:
-                    tar.members.clear()  # tarfile would keep every header
+                    tar.members.clear()  # type: ignore[attr-defined]  # or it keeps them all
                     _take(path, size, info, members, ignored)
                 end = tar.offset
             _check_end(path, file, end, size)
     except (OSError, tarfile.TarError, UnicodeError) as error:
         raise DataError(
-            f"{path}: not readable as an uncompressed tar ({error}): truncated, damaged, compressed "
-            "or without permission. Write or copy it again, or take it out of the setting."
+            f"{path}: not readable as an uncompressed tar ({error}): truncated, damaged, "
+            "compressed or without permission. Write or copy it again, or take it out."
         ) from error
     return _group(path, size, members, ignored)
 
@@ -322,15 +305,14 @@ def _take(
     clash = [k for k in kinds if k == extension or {k, extension} <= set(IMAGE_EXTENSIONS)]
     if clash:
         raise DataError(
-            f"{path}: key {key!r} has both .{clash[0]} and .{extension} members; a key has one image "
-            "and one caption of a kind. Give each sample a key of its own."
+            f"{path}: key {key!r} has both .{clash[0]} and .{extension} members; a key has one "
+            "image and one caption of a kind. Give each sample a key of its own."
         )
     kinds[extension] = (info.offset_data, info.size)
 
 
 def _check_end(path: str, file: _HeaderFile, end: int, size: int) -> None:
-    """tarfile stops without a word at a damaged header, at the end of the file and at the first end
-    mark; each of them could hide samples."""
+    """tarfile stops silently at a damaged header, a missing end mark and the first of several."""
     file.seek(end)
     tail = file.read(min(max(size - end, 0), _TAIL))
     if len(tail) < _BLOCK:
@@ -342,8 +324,8 @@ def _check_end(path: str, file: _HeaderFile, end: int, size: int) -> None:
         raise DataError(f"{path}: damaged: byte {end} starts no member header. Write it again.")
     if any(tail):
         raise DataError(
-            f"{path}: more data after the end-of-archive mark at byte {end} (tars joined with cat?). "
-            "Write it again as one archive."
+            f"{path}: more data after the end-of-archive mark at byte {end} (tars joined with "
+            "cat?). Write it again as one archive."
         )
 
 
@@ -390,26 +372,21 @@ def _group(
 def _read(shard: Shard, row: int, column: int) -> bytes:
     offset, size = (int(value) for value in shard.table[row, column : column + 2])
     try:
-        with open(shard.path, "rb", buffering=0) as file:
-            data = os.pread(file.fileno(), size, offset)
-            while 0 < len(data) < size:
-                rest = os.pread(file.fileno(), size - len(data), offset + len(data))
-                if not rest:
-                    break
-                data += rest
+        with open(shard.path, "rb") as file:
+            file.seek(offset)
+            data = file.read(size)
     except OSError as error:
-        raise DataError(f"{shard.path}, key {shard.keys[row]!r}: cannot be read: {error}") from error
+        raise DataError(f"{shard.where(row)}: cannot be read: {error}") from error
     if len(data) != size:
         raise DataError(
-            f"{shard.path}, key {shard.keys[row]!r}: {len(data)} of {size} bytes at {offset}; the "
-            "shard changed after it was scanned. Do not write to shards that are in use."
+            f"{shard.where(row)}: {len(data)} of {size} bytes at {offset}; the shard changed after "
+            "it was scanned. Do not write to shards that are in use."
         )
     return data
 
 
 def _read_caption(shard: Shard, row: int) -> str:
-    data = _read(shard, row, _CAPTION_OFFSET)
-    where = f"{shard.path}, key {shard.keys[row]!r}"
+    data, where = _read(shard, row, _CAPTION_OFFSET), shard.where(row)
     try:
         text = data.decode("utf-8-sig")
         if CAPTION_EXTENSIONS[shard.table[row, _CAPTION_KIND]] == "txt":
@@ -419,5 +396,5 @@ def _read_caption(shard: Shard, row: int) -> str:
         raise DataError(f"{where}: the caption is no UTF-8 text or no json: {error}") from error
     caption = record.get("caption") if isinstance(record, dict) else None
     if not isinstance(caption, str):
-        raise DataError(f"{where}: the json member has no string field 'caption'. Add it, or a .txt.")
+        raise DataError(f"{where}: the json has no string field 'caption'. Add it, or a .txt.")
     return caption.strip()

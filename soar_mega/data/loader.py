@@ -3,9 +3,9 @@
 A data-parallel rank owns a contiguous block of the global batch's slots. Its tensor-parallel peers
 need the same numbers, so each reads, decodes and encodes a contiguous share of what is missing and
 they exchange the results; every peer takes every row from the exchange, so all hold the same bits.
-Threads read and decode the next step's pictures while this one trains; encoding runs in the caller's
-thread. What a step holds is a function of (seed, step) only: prefetched work that is not asked for is
-thrown away, and there is no position to save.
+Threads read and decode the next step's pictures while this one trains; encoding runs in the
+caller's thread. What a step holds is a function of (seed, step) only: prefetched work that is not
+asked for is thrown away, and there is no position to save.
 
 Legend: B slots of this rank, R rows encoded together, C/H/W latent channels, height, width, T text
 tokens, E text width, V pooled width. A *picture* is a sample in one orientation: 2 * sample + flip.
@@ -122,8 +122,8 @@ class StepLoader:
         if global_batch_size % (mesh.data_size * micro_batch_size):
             raise ValueError(
                 f"train.global_batch_size={global_batch_size}: must be a multiple of "
-                f"train.micro_batch_size {micro_batch_size} times the {mesh.data_size} data-parallel "
-                f"ranks ({mesh.data_size * micro_batch_size}). Change one of them."
+                f"train.micro_batch_size {micro_batch_size} times the {mesh.data_size} "
+                f"data-parallel ranks ({mesh.data_size * micro_batch_size}). Change one of them."
             )
         if sampler.num_samples != len(index):
             raise ValueError(f"a sampler over {sampler.num_samples} for {len(index)} samples")
@@ -242,7 +242,9 @@ class StepLoader:
         if self._pool is None:
             return [self._fetch(job) for job in jobs]
         ahead, self._pending = self._pending, {}
-        futures = [ahead.pop(job, None) or self._pool.submit(self._fetch, job) for job in jobs]
+        futures = [
+            ahead.pop(job) if job in ahead else self._pool.submit(self._fetch, job) for job in jobs
+        ]
         for stale in ahead.values():
             stale.cancel()
         return [future.result() for future in futures]
@@ -283,9 +285,7 @@ class StepLoader:
 
         for picture, (_, caption) in zip(missing, fetched, strict=True):
             encoded.caption_row_of_sample[picture // 2] = encoded.row_of_caption[caption]
-        encoded.row_of_picture.update(
-            zip(missing, encoded.posterior.append(all_RCHW), strict=True)
-        )
+        encoded.row_of_picture.update(zip(missing, encoded.posterior.append(all_RCHW), strict=True))
 
     def _agree(self, failure: DataError | None, step: int) -> None:
         """Raise on all tensor-parallel peers if one of them failed: the others would wait for its
@@ -308,7 +308,7 @@ class StepLoader:
             )
 
     def _exchange(self, own_R: Tensor, total: int, like: Tensor) -> Tensor:
-        """All ``total`` rows from every peer's share, in order. ``like`` has a row's shape and type.
+        """All ``total`` rows from every peer's share, in order. ``like`` is like a row.
 
         Sent as bytes: no backend then needs to know the type, and no bit changes.
         """
@@ -337,16 +337,16 @@ def load_validation(
     """The first ``num_samples`` of a validation index, the same at every call and on every rank.
 
     Returns:
-        Latents (num_samples, C, H, W) at the posterior's mean, shifted and scaled, and the captions'
-        conditions.
+        Latents (num_samples, C, H, W) at the posterior's mean, shifted and scaled, and the
+        captions' conditions.
 
     Raises:
         DataError: Fewer samples than asked for, or one cannot be read.
     """
     if not 1 <= num_samples <= len(index):
         raise DataError(
-            f"validation.num_samples={num_samples}: must be 1 to {len(index)}, the number of samples "
-            "in validation.shards. Lower it or add shards."
+            f"validation.num_samples={num_samples}: must be 1 to {len(index)}, the number of "
+            "samples in validation.shards. Lower it or add shards."
         )
     encoders.latent_shape(resolution)
     means: list[Tensor] = []

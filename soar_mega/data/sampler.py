@@ -1,9 +1,9 @@
 """Which sample stands in which slot of which step: a pure function of (seed, step).
 
-Samples are drawn epoch after epoch, each epoch a permutation of all samples, without a gap: position
-``p = step * global_batch_size + slot`` is place ``p % n`` of epoch ``p // n``. Nothing depends on
-ranks, workers or what was read before, so resuming at a step needs the step number only, and a step
-may span an epoch border (or several, where the set is smaller than the batch).
+Samples are drawn epoch after epoch, each epoch a permutation of all samples, without a gap:
+position ``p = step * global_batch_size + slot`` is place ``p % n`` of epoch ``p // n``. Nothing
+depends on ranks, workers or what was read before, so resuming needs the step number only, and a
+step may span an epoch border (or several, where the set is smaller than the batch).
 
 Legend: N samples, P positions.
 """
@@ -21,9 +21,9 @@ _CHUNK = 1 << 18  # bounds the generator's temporaries
 def epoch_order(num_samples: int, seed: int, epoch: int) -> Tensor:
     """The permutation of one epoch, int64 (N,).
 
-    Each sample gets a 46-bit key from two draws of the project's generator at (seed, SHUFFLE, epoch,
-    sample), and the order sorts the keys; equal keys keep their order, so the result is the same for
-    every version of torch.
+    Each sample gets a 46-bit key from two draws of the project's generator at (seed, SHUFFLE,
+    epoch, sample), and the order sorts the keys; equal keys keep their order, so the result is the
+    same for every version of torch.
     """
     keys_N = torch.empty(num_samples, dtype=torch.int64)
     for start in range(0, num_samples, _CHUNK):

@@ -1,10 +1,10 @@
 """Tokenizers and text encoders of the tiny pipeline: real classes, made for the captions.
 
 The encoders stay frozen in training, so what they say about a caption is all the transformer will
-ever know. A short training with linear heads makes them tell: the pooled embeddings the whole scene,
-every token of the number its digit and its place, every other token its word. Weights of the default
-sizes are shipped under ``assets/`` (``tools/train_tiny_parts.py text`` makes them); other sizes are
-trained when asked for, which takes a minute.
+ever know. A short training with linear heads makes them tell: the pooled embeddings the whole
+scene, every token of the number its digit and its place, every other token its word. Weights of the
+default sizes are shipped under ``assets/`` (``tools/train_tiny_parts.py text`` makes them); other
+sizes are trained when asked for, which takes a minute.
 
 Legend: B captions, T tokens, E embedding width, K classes.
 """
@@ -93,7 +93,7 @@ def _merges(tokenizer: Any) -> list[list[str]]:
 
 
 def make_t5_tokenizer(captions: Sequence[str], text_length: int) -> Any:
-    """A T5 (unigram) tokenizer: the captions' words by frequency, digits and characters one by one."""
+    """A T5 (unigram) tokenizer: words by their frequency, digits and odd characters one by one."""
     from transformers import T5TokenizerFast
 
     counts: Counter[str] = Counter()
@@ -112,13 +112,6 @@ def make_t5_tokenizer(captions: Sequence[str], text_length: int) -> Any:
     return T5TokenizerFast(
         vocab=special + list(scores.items()), extra_ids=0, model_max_length=text_length
     )
-
-
-def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Writes a tokenizer folder; a CLIP's also with the ``vocab.json`` and ``merges.txt`` of old."""
-    tokenizer.save_pretrained(folder)
-    if hasattr(tokenizer.backend_tokenizer.model, "end_of_word_suffix"):
-        tokenizer.backend_tokenizer.model.save(str(folder))
 
 
 def _make_clip(tokenizer: Any, sizes: TextSizes) -> Any:
@@ -163,7 +156,7 @@ def _make_t5(tokenizer: Any, sizes: TextSizes) -> Any:
     )
 
 
-def _start_weights(module: nn.Module) -> None:
+def _start_weights(module: Any) -> None:
     """Unit-scale embeddings and weights that keep a signal's scale, so tokens start far apart."""
     for name, parameter in module.named_parameters():
         if "relative_attention_bias" in name:

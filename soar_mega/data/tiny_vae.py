@@ -28,6 +28,7 @@ LATENT_CHANNELS = 16
 POSTERIOR_STD = 0.05
 _CROP = 32
 _MAX_LATENT_NOISE = 0.3
+_LATENT_STD = 0.65  # That of the shipped VAE's latents, before the scaling factor.
 
 
 def make_vae(scaling_factor: float = 1.0, shift_factor: float = 0.0) -> Any:
@@ -67,7 +68,8 @@ def load_vae(path: Path = SHIPPED_WEIGHTS) -> Any:
 
     if not path.is_file():
         raise FileNotFoundError(
-            f"No VAE weights at {path}. Make them: python tools/train_tiny_parts.py vae --out {path}"
+            f"No VAE weights at {path}. "
+            f"Make them: python tools/train_tiny_parts.py vae --out {path}"
         )
     vae = make_vae()
     vae.load_state_dict({name: value.float() for name, value in load_file(path).items()})
@@ -196,8 +198,19 @@ def train_vae(
         optimizer.step()
         if (step + 1) % 100 == 0:
             report(step + 1, float(loss.detach()), time.perf_counter() - start)
-    with torch.no_grad():
-        log_variance = slice(LATENT_CHANNELS, None)
-        vae.encoder.conv_out.weight[log_variance] = 0.0
-        vae.encoder.conv_out.bias[log_variance] = 2.0 * math.log(POSTERIOR_STD)
+    _finish(vae)
     return vae.eval()
+
+
+@torch.no_grad()
+def _finish(vae: Any) -> None:
+    """Sets the posterior's standard deviation and moves the latents' scale away from one.
+
+    A published VAE needs its scaling factor; with one that does not, forgetting it would go unseen.
+    """
+    out, back = vae.encoder.conv_out, vae.decoder.conv_in
+    out.weight[LATENT_CHANNELS:] = 0.0
+    out.bias[LATENT_CHANNELS:] = 2.0 * math.log(POSTERIOR_STD)
+    out.weight[:LATENT_CHANNELS] *= _LATENT_STD
+    out.bias[:LATENT_CHANNELS] *= _LATENT_STD
+    back.weight /= _LATENT_STD

@@ -1,7 +1,7 @@
 """The joint block of an MMDiT: two streams, one attention over both, an MLP for each.
 
-Legend: L image tokens, T text tokens, B samples, D width; ``x_lBD`` is one tensor rank's share of the
-tokens with sequence parallel, all of them without.
+Legend: L image tokens, T text tokens, B samples, D width; ``x_lBD`` is one tensor rank's share of
+the tokens with sequence parallel, all of them without.
 """
 
 from __future__ import annotations

@@ -28,12 +28,12 @@ class MMDiTConfig:
     def __post_init__(self) -> None:
         if self.caption_projection_dim != self.width:
             raise ValueError(
-                f"transformer config: caption_projection_dim is {self.caption_projection_dim} but the width "
-                f"num_attention_heads * attention_head_dim is {self.width}: the two streams must be equally wide"
+                f"transformer config: caption_projection_dim is {self.caption_projection_dim}, but "
+                f"num_attention_heads * attention_head_dim is {self.width}: they must be equal"
             )
         if self.qk_norm not in (None, "rms_norm"):
             raise ValueError(
-                f"transformer config: qk_norm is {self.qk_norm!r}; the SD3 family uses null or 'rms_norm'"
+                f"transformer config: qk_norm is {self.qk_norm!r}; the family has null or rms_norm"
             )
         outside = [i for i in self.dual_attention_layers if not 0 <= i < self.num_layers]
         if outside:
@@ -64,7 +64,9 @@ class MMDiTConfig:
         """
         kind = config.get("_class_name", "SD3Transformer2DModel")
         if kind != "SD3Transformer2DModel":
-            raise ValueError(f"transformer config: the class is {kind}, expected SD3Transformer2DModel")
+            raise ValueError(
+                f"transformer config: the class is {kind}, expected SD3Transformer2DModel"
+            )
         known = {field.name for field in fields(MMDiTConfig)}
         values = {key: value for key, value in config.items() if key in known}
         values["dual_attention_layers"] = tuple(values.get("dual_attention_layers") or ())
@@ -83,7 +85,11 @@ class MMDiTConfig:
             ValueError: Names the setting, the value, the rule and the sizes that work.
         """
         if self.num_attention_heads % tensor_size:
-            works = [n for n in range(1, self.num_attention_heads + 1) if self.num_attention_heads % n == 0]
+            works = [
+                n
+                for n in range(1, self.num_attention_heads + 1)
+                if self.num_attention_heads % n == 0
+            ]
             raise ValueError(
                 f"parallel.tensor_model_parallel_size is {tensor_size}, but the model's "
                 f"{self.num_attention_heads} attention heads must divide by it: use one of {works}"

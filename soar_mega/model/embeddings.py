@@ -1,8 +1,8 @@
 """What turns latents, timestep and text into the streams of the first stage.
 
-Legend: B samples, C/H/W latent channels, height, width, P patch size, L image tokens, T text tokens,
-D width, E text embedding width, V pooled width; ``x_lBD`` is one tensor rank's share of the tokens
-with sequence parallel, all of them without.
+Legend: B samples, C/H/W latent channels, height, width, P patch size, L image tokens, T text
+tokens, D width, E text embedding width, V pooled width; ``x_lBD`` is one tensor rank's share of the
+tokens with sequence parallel, all of them without.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def whole_linear(
 
 
 class PatchEmbed(nn.Module):
-    """Patches to tokens plus the stored position table, centre-cropped (diffusers' ``PatchEmbed``)."""
+    """Patches to tokens plus the stored position table, cropped at its centre."""
 
     position: Tensor
 
@@ -58,13 +58,13 @@ class PatchEmbed(nn.Module):
         self.register_buffer("position", table)
 
     def forward(self, latent_BCHW: Tensor) -> Tensor:
-        """``(l, B, D)`` tokens; raises ValueError for a size the table or the patches cannot hold."""
+        """``(l, B, D)`` tokens; ValueError for a size the table or the patches cannot hold."""
         B, C, H, W = latent_BCHW.shape
         p = self.patch
         if H % p or W % p or max(H, W) // p > self.max_size:
             raise ValueError(
-                f"latents of {H}x{W} do not fit: both must divide by the patch size {p} and be at most "
-                f"pos_embed_max_size * patch_size = {self.max_size * p}"
+                f"latents of {H}x{W} do not fit: both must divide by the patch size {p} and be at "
+                f"most pos_embed_max_size * patch_size = {self.max_size * p}"
             )
         rows, columns = H // p, W // p
         patches_LBX = (
@@ -91,7 +91,9 @@ class TextEmbed(nn.Module):
         super().__init__()
         self.mesh, self.sequence_parallel = mesh, sequence_parallel
         kind: GradientKind = "partial" if sequence_parallel else "replicated"
-        self.projection = whole_linear(config.width, config.joint_attention_dim, mesh, backend, kind)
+        self.projection = whole_linear(
+            config.width, config.joint_attention_dim, mesh, backend, kind
+        )
 
     def forward(self, text_BTE: Tensor) -> Tensor:
         """``(t, B, D)`` tokens."""
@@ -101,9 +103,11 @@ class TextEmbed(nn.Module):
 
 
 def sinusoid(timestep_B: Tensor, channels: int) -> Tensor:
-    """Cosines then sines of the timestep at ``channels / 2`` frequencies, in the timestep's dtype."""
+    """Cosines then sines of the timestep at ``channels / 2`` frequencies, in its dtype."""
     half = channels // 2
-    exponent = -math.log(10000) * torch.arange(half, dtype=timestep_B.dtype, device=timestep_B.device)
+    exponent = -math.log(10000) * torch.arange(
+        half, dtype=timestep_B.dtype, device=timestep_B.device
+    )
     angle_BX = timestep_B[:, None] * torch.exp(exponent / half)[None]
     return torch.cat([angle_BX.cos(), angle_BX.sin()], dim=-1)
 

@@ -1,8 +1,9 @@
 """Fresh weights: a function of (seed, parameter name, element), the same for every layout.
 
-Linear layers are normal with variance 2 / (fan in + fan out) of one matrix (Xavier), embeddings of time
-and pooled text normal with deviation 0.02, biases 0, norms 1. Modulations and the output projection
-start at 0, so that every block begins as the identity (adaLN-zero of the DiT paper, arXiv 2212.09748).
+Linear layers are normal with variance 2 / (fan in + fan out) of one matrix (Xavier), embeddings of
+time and pooled text normal with deviation 0.02, biases 0, norms 1. Modulations and the output
+projection start at 0, so that every block begins as the identity (adaLN-zero of the DiT paper,
+arXiv 2212.09748).
 """
 
 from __future__ import annotations

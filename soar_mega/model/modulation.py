@@ -1,7 +1,7 @@
 """Adaptive layer norm: the modulations of all blocks of a stage, computed once per pass.
 
-Their weights (a third of SD3.5-Medium's parameters) are cut over the tensor ranks by output rows; one
-gather brings every block's values to every rank.
+Their weights (a third of SD3.5-Medium's parameters) are cut over the tensor ranks by output rows;
+one gather brings every block's values to every rank.
 
 Legend: B samples, D width, N modulation vectors of one linear; ``x_FB`` features first, so that one
 gather along the first dimension serves all blocks.
@@ -35,8 +35,9 @@ def modulations(
 ) -> list[tuple[Tensor, ...]]:
     """For each linear its modulation vectors, each ``(B, D)``.
 
-    With sequence parallel a rank's gradient of a modulation covers its own tokens only, so the gather's
-    backward sums over ranks; without, every rank has the whole gradient and keeps its rows.
+    With sequence parallel a rank's gradient of a modulation covers its own tokens only, so the
+    gather's backward sums over ranks; without, every rank has the whole gradient and keeps its
+    rows.
     """
     width = conditioning_BD.shape[-1]
     active_BD = copy_to_tensor_ranks(F.silu(conditioning_BD), mesh)

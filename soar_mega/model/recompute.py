@@ -24,8 +24,8 @@ class Recompute(StrEnum):
 
 
 _aten = torch.ops.aten
-# Expensive to compute and cheap to keep: matrix products and attention. Norms, modulation and GELU are
-# computed again.
+# Expensive to compute and cheap to keep: matrix products and attention. Norms, modulation and GELU
+# are computed again.
 _KEPT = {
     _aten.mm.default,
     _aten.addmm.default,

@@ -1,7 +1,8 @@
 """``MMDiTStage``: the slice of an MMDiT that one process owns, from its inputs to its outputs.
 
 Legend: B rows, C/H/W latent channels, height, width, P patch size, L image tokens, T text tokens,
-D width; ``x_lBD`` is one tensor rank's share of the tokens with sequence parallel, all of them without.
+D width; ``x_lBD`` is one tensor rank's share of the tokens with sequence parallel, all of them
+without.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from soar_mega.model.embeddings import Conditioning, PatchEmbed, TextEmbed, whol
 from soar_mega.model.modulation import modulate, modulation_linear, modulations
 from soar_mega.model.recompute import Recompute, run_block
 from soar_mega.parallel.collectives import gather_tokens
+from soar_mega.parallel.layout import GradientKind
 from soar_mega.parallel.mesh import Mesh
 from soar_mega.passes import ModelInput
 
@@ -36,12 +38,10 @@ class Head(nn.Module):
         self.patch, self.channels = config.patch_size, config.out_channels
         self.modulation = modulation_linear(2, config.width, mesh, backend)
         outputs = self.patch**2 * self.channels
-        kind = "partial" if sequence_parallel else "replicated"
+        kind: GradientKind = "partial" if sequence_parallel else "replicated"
         self.projection = whole_linear(outputs, config.width, mesh, backend, kind)
 
-    def forward(
-        self, image_lBD: Tensor, modulation: Modulation, height: int, width: int
-    ) -> Tensor:
+    def forward(self, image_lBD: Tensor, modulation: Modulation, height: int, width: int) -> Tensor:
         """``(B, C, H, W)``: the velocity, whole on every tensor rank."""
         scale, shift = modulation
         normed = modulate(self.backend.layer_norm(image_lBD, NORM_EPS), scale, shift)
@@ -65,7 +65,8 @@ class MMDiTStage(nn.Module):
         mesh: Where this process stands; ``config.check_tensor_parallel`` must hold for it.
         backend: Maker of linears, norms and attention.
         sequence_parallel: Cut the tokens of both streams over the tensor ranks between linears.
-        activation_checkpointing: ``none``, ``selective`` (matrix products and attention are kept, the
+        activation_checkpointing: ``none``, ``selective`` (matrix products and attention are kept,
+        the
             rest computed again) or ``full`` (blocks are computed again); passes without gradient
             ignore it.
 
@@ -84,6 +85,7 @@ class MMDiTStage(nn.Module):
     ) -> None:
         super().__init__()
         config.check_tensor_parallel(mesh.tensor_size)
+        sequence_parallel = sequence_parallel and mesh.tensor_size > 1
         self.config, self.mesh, self.sequence_parallel = config, mesh, sequence_parallel
         self.recompute = Recompute(activation_checkpointing)
         parts = (config, mesh, backend, sequence_parallel)
@@ -100,7 +102,7 @@ class MMDiTStage(nn.Module):
 
     def forward(self, x: ModelInput) -> Tensor:
         """The velocity ``(B, C, H, W)`` in the compute dtype."""
-        dtype = self.head.projection.weight.dtype
+        dtype = self.dtype
         latent_BCHW = x.latent_BCHW.to(dtype)
         height, width = latent_BCHW.shape[-2:]
         lengths = Lengths(
@@ -133,4 +135,4 @@ class MMDiTStage(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The compute dtype."""
-        return self.head.projection.weight.dtype
+        return next(self.parameters()).dtype

@@ -3,8 +3,8 @@
 Each is the identity (or a plain reshape) on a mesh of tensor size 1. Sequence-first tensors: the
 sequence is dimension 0.
 
-Legend: L tokens, B samples, D width; ``x_LBD`` is whole on every tensor rank, ``x_lBD`` is one rank's
-share of the tokens.
+Legend: L tokens, B samples, D width; ``x_LBD`` is whole on every tensor rank, ``x_lBD`` is one
+rank's share of the tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from soar_mega.parallel.mesh import Mesh
-
 
 # torch 2.13 renamed the two calls and warns about the old names, which 2.11 alone knows.
 all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

@@ -1,8 +1,8 @@
 """Where a process stands among all of them, and the process groups it talks through.
 
-Ranks run tensor-parallel fastest, then data-parallel: ``rank = data_rank * tensor_size + tensor_rank``,
-so that tensor peers are neighbours on one node. A mesh is passed to whatever needs it; nothing in
-the project keeps the layout in a global.
+Ranks run tensor-parallel fastest, then data-parallel: ``rank = data_rank * tensor_size +
+tensor_rank``, so that tensor peers are neighbours on one node. A mesh is passed to whatever needs
+it; nothing in the project keeps the layout in a global.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class Mesh:
         if not dist.is_initialized():
             if tensor_size != 1:
                 raise ValueError(
-                    f"parallel.tensor_model_parallel_size is {tensor_size} but there is one process: "
-                    f"start {tensor_size} with torchrun or srun, or set it to 1"
+                    f"parallel.tensor_model_parallel_size is {tensor_size}, but there is one "
+                    f"process: start {tensor_size} with torchrun or srun, or set it to 1"
                 )
             return Mesh.single(device)
         rank, world_size = dist.get_rank(), dist.get_world_size()

@@ -1,12 +1,15 @@
-"""Sharded data parallel: flat buffers, one gather of parameters and one reduction of gradients a step.
+"""Sharded data parallel: flat buffers, one gather of parameters and one reduction of gradients a
+step.
 
 All parameters of a stage lie in one flat buffer in the compute dtype, their gradients in one flat
-fp32 buffer (``main_grad``) that every backward adds into. After the step's last backward the gradients
-are reduce-scattered over the data-parallel ranks; each rank owns one contiguous share of the buffer:
-fp32 master weights, optimizer state and EMA exist only there. ``publish`` gathers the updated weights.
+fp32 buffer (``main_grad``) that every backward adds into. After the step's last backward the
+gradients are reduce-scattered over the data-parallel ranks; each rank owns one contiguous share of
+the
+buffer: fp32 master weights, optimizer state and EMA exist only there. ``publish`` gathers the
+updated weights.
 
-The buffer holds sharded parameters first, then replicated, then partial ones (see ParameterLayout), so
-that the sum over tensor ranks and the gradient norm work on contiguous ranges.
+The buffer holds sharded parameters first, then replicated, then partial ones (see ParameterLayout),
+so that the sum over tensor ranks and the gradient norm work on contiguous ranges.
 """
 
 from __future__ import annotations
@@ -127,7 +130,7 @@ class ShardedParameters:
         self.flat_grad.zero_()
 
     def reduce_gradients(self) -> Tensor:
-        """Sum gradients over tensor ranks (partial ones) and data ranks; returns this rank's share."""
+        """Sum gradients over tensor ranks (partial ones) and data ranks; this rank's share."""
         first, last = self._range["partial"]
         if self.mesh.tensor_group is not None and last > first:
             dist.all_reduce(self.flat_grad[first:last], group=self.mesh.tensor_group)
@@ -162,7 +165,7 @@ class ShardedParameters:
             all_gather_into(self.flat, own.clone(), group=self.mesh.data_group)
 
     def borrow(self, shard: Tensor) -> _Borrowed:
-        """Context in which the model computes with ``shard`` (the EMA) instead of the master share."""
+        """Context in which the model computes with ``shard`` (the EMA), not the master share."""
         return _Borrowed(self, shard)
 
 

@@ -1,7 +1,7 @@
 """AdamW on this rank's share of the flat parameters, its learning rate, and the averaged weights.
 
-All of it works on one 1-D fp32 tensor per process (see ``parallel.sharded``), so it costs a handful of
-kernels whatever the model.
+All of it works on one 1-D fp32 tensor per process (see ``parallel.sharded``), so it costs a handful
+of kernels whatever the model.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from soar_mega.config.schema import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
-    """Learning rate of ``step`` (from 0): linear warm-up, then the chosen course to the last step."""
+    """Learning rate of ``step`` (from 0): linear warm-up, then the chosen course."""
     if step < config.lr_warmup_steps:
         return config.learning_rate * (step + 1) / config.lr_warmup_steps
     if config.lr_scheduler == "constant":
@@ -73,8 +73,8 @@ class ShardOptimizer:
 class ShardEMA:
     """Exponential moving average of the master share.
 
-    The decay grows as (1 + n) / (10 + n) towards ``decay`` over the first updates, so that the average
-    forgets the start quickly (diffusers' ``EMAModel`` does the same).
+    The decay grows as (1 + n) / (10 + n) towards ``decay`` over the first updates, so that the
+    average forgets the start quickly (diffusers' ``EMAModel`` does the same).
     """
 
     def __init__(self, master_shard: Tensor, decay: float) -> None:

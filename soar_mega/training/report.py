@@ -1,7 +1,7 @@
 """Loss metrics of a step: global sums over global counts, the same for every layout.
 
-Every loss term is kept by (state, slot of the global batch); data-parallel ranks fill in their slots,
-and all ranks sum the whole table in one order, in fp64.
+Every loss term is kept by (state, slot of the global batch); data-parallel ranks fill in their
+slots, and all ranks sum the whole table in one order, in fp64.
 
 Legend: K auxiliary states, G slots of the global batch, B samples of a microbatch.
 """

@@ -39,17 +39,17 @@ def _tensors(stepper: Stepper) -> dict[str, BoxedTensor]:
     return pieces
 
 
-def save(
-    stepper: Stepper, step: int, lineage: Mapping[str, Any], data_fingerprint: str
-) -> Path:
+def save(stepper: Stepper, step: int, lineage: Mapping[str, Any], data_fingerprint: str) -> Path:
     """Commit a checkpoint after ``step`` steps; every rank calls it."""
     config = stepper.config
     extra = {
         "step": step,
         "optimizer_updates": stepper.optimizer.step,
         "model": {
-            "pretrained": config.model.pretrained,
+            # Absolute, so that converters find it from any working directory.
+            "pretrained": str(Path(config.model.pretrained).resolve()),
             "transformer": stepper.stage.config.to_diffusers(),
+            "max_sequence_length": config.data.max_sequence_length,
         },
         "run": _identity(config, data_fingerprint),
         "lineage": {
@@ -90,8 +90,8 @@ def find(config: Config, mesh: Mesh) -> Path | None:
     found = store.resolve(config.checkpoint.resume, root, mesh)
     if found is None and config.checkpoint.resume == "none" and store.latest(root) is not None:
         raise ConfigError(
-            f"run.dir = {config.run.dir} already holds checkpoints and checkpoint.resume is none: set "
-            "checkpoint.resume=latest to go on with that run, or choose another run.dir"
+            f"run.dir = {config.run.dir} already holds checkpoints and checkpoint.resume is none: "
+            "set checkpoint.resume=latest to go on with that run, or choose another run.dir"
         )
     return found
 
@@ -111,8 +111,8 @@ def resume(stepper: Stepper, path: Path, data_fingerprint: str) -> tuple[int, di
         before = recorded["run"].get(name)
         if before != value:
             raise ConfigError(
-                f"checkpoint.resume = {path}: {name} was {before!r} and is now {value!r}, so the run "
-                "would not be the same one; put it back, or start a new run with model.init_from"
+                f"checkpoint.resume = {path}: {name} was {before!r} and is now {value!r}: put it "
+                "back, or start a new run with model.init_from"
             )
     extra = store.load(path, _tensors(stepper), stepper.mesh)
     stepper.optimizer.step = extra["optimizer_updates"]

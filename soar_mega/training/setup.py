@@ -167,9 +167,7 @@ def build(config: Config, checked: Checked, device: torch.device) -> Run:
         random_flip=config.data.random_flip,
         num_decode_threads=config.data.num_decode_threads,
     )
-    return Run(
-        config, mesh, stepper, loader, encoders, checked, done_steps, lineage, resumed=path
-    )
+    return Run(config, mesh, stepper, loader, encoders, checked, done_steps, lineage, resumed=path)
 
 
 def _starting_weights(config: Config, stage: MMDiTStage, mesh: Mesh) -> dict[str, Any]:
@@ -192,5 +190,3 @@ def _starting_weights(config: Config, stage: MMDiTStage, mesh: Mesh) -> dict[str
         return {"parent": f"fresh weights, seed {config.run.seed}"}
     load_diffusers_transformer(model.pretrained, stage, mesh)
     return {"parent": model.pretrained}
-
-

@@ -17,7 +17,7 @@ from soar_mega.training.optimizer import ShardEMA, ShardOptimizer, learning_rate
 from soar_mega.training.report import loss_metrics
 
 
-class NotFinite(RuntimeError):
+class NotFiniteError(RuntimeError):
     """The loss or the gradient is NaN or infinite; the weights are untouched."""
 
 
@@ -49,7 +49,7 @@ class Stepper:
             ``train/*`` and ``optim/*`` metrics, equal on every rank.
 
         Raises:
-            NotFinite: On every rank alike, before anything was changed.
+            NotFiniteError: On every rank alike, before anything was changed.
         """
         self.parameters.zero_gradients()
         counts = torch.stack([self.objective.count(micro) for micro in microbatches]).sum(dim=0)
@@ -84,8 +84,9 @@ class Stepper:
         for name in ("train/loss", "optim/grad_norm"):
             value = torch.tensor(metrics[name])
             if not torch.isfinite(value):
-                raise NotFinite(
-                    f"{name} is {metrics[name]} in step {step + 1}: the run stops with the weights of "
-                    f"step {step}. Lower optimizer.learning_rate (now {metrics['optim/lr']:g}), lengthen "
+                raise NotFiniteError(
+                    f"{name} is {metrics[name]} in step {step + 1}: the run stops with the weights "
+                    f"of step {step}. Lower optimizer.learning_rate (now "
+                    f"{metrics['optim/lr']:g}), lengthen "
                     "optimizer.lr_warmup_steps, or look for a bad sample"
                 )

@@ -31,7 +31,7 @@ def train(config: Config) -> None:
 
     Raises:
         ConfigError: Before any training, on every rank alike.
-        NotFinite: The loss or gradient is not finite; nothing of that step was kept.
+        NotFiniteError: The loss or gradient is not finite; nothing of that step was kept.
     """
     process = ProcessEnvironment.read(os.environ)
     device = device_of(config, process)
@@ -130,9 +130,7 @@ def _loop(run: Run, process: ProcessEnvironment) -> None:
             if validation.pictures_due(done):
                 reporter.picture(done, validation.pictures(done))
             if done % config.checkpoint.checkpointing_steps == 0 or done == last:
-                path = saving.save(
-                    run.stepper, done, run.lineage, run.checked.index.fingerprint()
-                )
+                path = saving.save(run.stepper, done, run.lineage, run.checked.index.fingerprint())
                 reporter.note(f"checkpoint: {path}")
         if run.done_steps >= last:
             reporter.note(f"nothing to do: {run.done_steps} of {last} steps are done")

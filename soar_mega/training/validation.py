@@ -1,7 +1,7 @@
 """Validation: loss at fixed timesteps with fixed noise, and pictures of fixed prompts and seeds.
 
-Both use the averaged (EMA) weights. The loss is a table over (timestep, sample) that the data-parallel
-ranks fill in together and every rank sums in one order, in fp64.
+Both use the averaged (EMA) weights. The loss is a table over (timestep, sample) that the data-
+parallel ranks fill in together and every rank sums in one order, in fp64.
 
 Legend: S samples, K timesteps, B samples of a batch, C/H/W latent channels, height, width.
 """

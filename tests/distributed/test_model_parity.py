@@ -1,4 +1,4 @@
-"""Loss and gradients of the parallel model equal one process's, for every tensor/sequence layout."""
+"""Loss and gradients of the parallel model equal one process's, for every layout."""
 
 from __future__ import annotations
 
@@ -92,11 +92,15 @@ def one_step(
 def gathered(results: list[dict[str, torch.Tensor]], tensor_size: int) -> dict[str, torch.Tensor]:
     """Global gradients by name from every rank's fragments."""
     single = MMDiTStage(CONFIG, Mesh.single(), TorchBackend())
-    whole = {n: torch.full(layout_of(p).global_shape, torch.nan) for n, p in single.named_parameters()}
+    whole = {
+        n: torch.full(layout_of(p).global_shape, torch.nan) for n, p in single.named_parameters()
+    }
     whole = {n: t.double() for n, t in whole.items()}
     for tensor_rank in range(tensor_size):
         local: dict[str, torch.Tensor] = {}
-        mesh = Mesh(0, tensor_size, tensor_rank, tensor_size, 0, 1, None, None, None, torch.device("cpu"))
+        mesh = Mesh(
+            0, tensor_size, tensor_rank, tensor_size, 0, 1, None, None, None, torch.device("cpu")
+        )
         for name, parameter in single.named_parameters():
             shape = layout_of(parameter).local_shape(tensor_size)
             local[name] = torch.full(shape, torch.nan, dtype=torch.float64)
@@ -116,10 +120,15 @@ def gathered(results: list[dict[str, torch.Tensor]], tensor_size: int) -> dict[s
 
 Case = tuple[int, bool, int, str]
 
-# (tensor size, sequence parallel, text tokens, recompute) by number of processes; one spawn runs all
-# cases of a number, because starting processes costs more than the cases.
+# (tensor size, sequence parallel, text tokens, recompute) by number of processes; one spawn runs
+# all cases of a number, because starting processes costs more than the cases.
 CASES: dict[int, list[Case]] = {
-    2: [(2, False, 9, "none"), (2, True, 9, "none"), (2, True, 8, "selective"), (1, False, 9, "none")],
+    2: [
+        (2, False, 9, "none"),
+        (2, True, 9, "none"),
+        (2, True, 8, "selective"),
+        (1, False, 9, "none"),
+    ],
     4: [
         (4, True, 7, "none"),
         (4, False, 7, "selective"),
@@ -147,7 +156,10 @@ def test_gradients_equal_one_process(world: int) -> None:
         whole, reference = gathered(results, tensor), gathered([expected], 1)
         for name, gradient in reference.items():
             scale = max(gradient.norm().item(), 1e-6 * expected["norm"].item())
-            assert (whole[name] - gradient).norm().item() <= 1e-9 * scale, (CASES[world][index], name)
+            assert (whole[name] - gradient).norm().item() <= 1e-9 * scale, (
+                CASES[world][index],
+                name,
+            )
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])

@@ -111,7 +111,9 @@ def test_bomb_takes_no_memory(tmp_path: Path) -> None:
 
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 6, 0, 0, 0)
     body = zlib.compress(bytes(1 << 20))
-    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    data = (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    )
     index = build_index(str(tar_of(tmp_path / "a.tar", {"a.png": data, "a.txt": b"x"})))
     tracemalloc.start()
     with pytest.raises(DataError, match=r"a\.tar, key 'a'"):

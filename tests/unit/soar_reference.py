@@ -115,7 +115,9 @@ class SmallModel(nn.Module):
         text = torch.tanh(x.condition.text_BTE @ self.text.T).mean(1)
         given = time + text + x.condition.pooled_BV @ self.pooled.T
         hidden = torch.einsum("hc,bcxy->bhxy", self.inward, x.latent_BCHW)
-        return torch.einsum("ch,bhxy->bcxy", self.outward, torch.tanh(hidden + given[..., None, None]))
+        return torch.einsum(
+            "ch,bhxy->bcxy", self.outward, torch.tanh(hidden + given[..., None, None])
+        )
 
 
 @dataclass
@@ -226,11 +228,17 @@ def reference_step(
     return Reference(
         loss=total / denominator,
         base=torch.stack(base_losses).detach(),
-        aux=torch.tensor(aux_losses, dtype=torch.float64).T,
+        aux=_table(aux_losses),
         base_terms=base_terms,
         aux_terms=aux_terms,
         timesteps=timesteps,
     )
+
+
+def _table(losses: list[list[Tensor]]) -> Tensor:
+    """(state, sample) of the losses kept sample by sample."""
+    rows = [[float(loss.detach()) for loss in row] for row in losses]
+    return torch.tensor(rows, dtype=torch.float64).view(len(rows), len(rows[0]) if rows else 0).mT
 
 
 def _density(config: Any, seed: int, step: int, slot: Tensor) -> float:

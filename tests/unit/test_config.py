@@ -283,7 +283,6 @@ def test_wrong_value_names_key_value_rule_and_origin(
     [
         (["train.global_batch_size=9"], "nearest that work: 8 or 10"),
         (["train.global_batch_size=1"], "nearest that work: 2"),
-        (["parallel.sequence_parallel=true"], "needs parallel.tensor_model_parallel_size > 1"),
         (["data.cache_encoded=true", "data.random_flip=true"], "cannot go with"),
         (
             ["objective.sde_rollout_type=cps", "objective.sde_noise_scale=1.5"],

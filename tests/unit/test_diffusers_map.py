@@ -21,7 +21,7 @@ from soar_mega.parallel.layout import layout_of, local_slice, parameter_layouts
 from soar_mega.parallel.mesh import Mesh
 
 # The published models: (config, parameters, elements of the stored position table).
-PUBLISHED = {
+PUBLISHED: dict[str, tuple[dict[str, Any], int, int]] = {
     "sd3_medium": (
         {
             "num_layers": 24,
@@ -74,12 +74,11 @@ TINY: dict[str, Any] = {
 def test_table_covers_the_published_models_exactly(name: str) -> None:
     fields, parameters, position = PUBLISHED[name]
     # The sine table is made with numpy even on the meta device; its values do not matter here.
-    table = torch.empty(fields["pos_embed_max_size"] ** 2, fields["caption_projection_dim"])
+    shape = (fields["pos_embed_max_size"] ** 2, fields["caption_projection_dim"])
+    table = torch.empty(shape, device="meta")
     with (
         torch.device("meta"),
-        mock.patch(
-            "diffusers.models.embeddings.get_2d_sincos_pos_embed", return_value=table.to("meta")
-        ),
+        mock.patch("diffusers.models.embeddings.get_2d_sincos_pos_embed", return_value=table),
     ):
         model = SD3Transformer2DModel(**fields)
     theirs = {key: tuple(value.shape) for key, value in model.state_dict().items()}
@@ -113,7 +112,7 @@ def tiny() -> SD3Transformer2DModel:
 
 def test_round_trip_is_bit_equal(tiny: SD3Transformer2DModel) -> None:
     theirs = tiny.state_dict()
-    back = {}
+    back: dict[str, torch.Tensor] = {}
     for entry in mapping(MMDiTConfig(**TINY)).values():
         ours = entry.to_ours(lambda key, region: theirs[key][region or ...])
         assert tuple(ours.shape) == entry.shape

@@ -87,7 +87,7 @@ def test_forward_and_gradients_equal_diffusers(variant: str, tmp_path: Path) -> 
         for name, parameter in ours.named_parameters():
             # main_grad is what the optimizer sees: zero, never missing, where nothing flows.
             mine = parameter.main_grad.view(layout_of(parameter).global_shape)
-            gradient = table[name].to_ours(lambda key, _=None: gradients[key])
+            gradient = table[name].to_ours(lambda key, _=None, g=gradients: g[key])
             difference = (mine - gradient).norm().item()
             scale = max(gradient.norm().item(), 1e-6 * whole)
             assert difference <= 1e-5 * scale, (variant, rows, tokens, name, difference / scale)
@@ -123,4 +123,6 @@ def test_fresh_weights_start_blocks_as_identity_and_match_diffusers_positions() 
     torch.testing.assert_close(position_table(config), theirs, rtol=0, atol=2e-7)
     again = MMDiTStage(config, Mesh.single(), TorchBackend())
     initialise(again, seed=6)
-    assert not torch.equal(again.blocks["0"].image_mlp.up.weight, ours.blocks["0"].image_mlp.up.weight)
+    assert not torch.equal(
+        again.blocks["0"].image_mlp.up.weight, ours.blocks["0"].image_mlp.up.weight
+    )

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import math
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -299,14 +300,28 @@ def test_a_failing_tracker_never_stops_training(
     assert "no login" in caplog.text
 
 
+OFFLINE_RUN = """
+import sys
+from soar_mega.config import LoggingConfig
+from soar_mega.telemetry import open_tracker
+settings = LoggingConfig(wandb_project="p", wandb_mode="offline")
+tracker = open_tracker(settings, sys.argv[1], name=None, config={"a": 1}, resumed=True)
+tracker.log(int(sys.argv[2]), {"train/loss": 0.5})
+tracker.finish()
+"""
+
+
 def test_wandb_offline(tmp_path: Path) -> None:
+    # In a process of its own: wandb's background service writes the last of it as the process ends.
     pytest.importorskip("wandb")
-    tracker = opened(tmp_path, wandb_mode="offline")
-    tracker.log(1, {"train/loss": 0.5})
-    tracker.finish()
-    assert (tmp_path / "wandb_run_id.txt").read_text().strip()
-    (stored,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
-    assert b"train/loss" in stored.read_bytes()
+    ids = []
+    for step in ("3", "4"):
+        subprocess.run([sys.executable, "-c", OFFLINE_RUN, tmp_path, step], check=True, timeout=120)
+        ids.append((tmp_path / "wandb_run_id.txt").read_text().strip())
+    assert ids[0] == ids[1] != ""
+    stored = list((tmp_path / "wandb").glob(f"offline-run-*/run-{ids[0]}.wandb"))
+    assert len(stored) == 2
+    assert all(b"train/loss" in path.read_bytes() for path in stored)
 
 
 # --- FLOPs -------------------------------------------------------------------------------------

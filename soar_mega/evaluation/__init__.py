@@ -1,0 +1,1 @@
+"""Does a picture show what its caption says? Scorers and reports."""

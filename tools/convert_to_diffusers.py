@@ -1,0 +1,81 @@
+"""Write a checkpoint of ours as a diffusers folder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from soar_mega.checkpoint.errors import CheckpointError
+from soar_mega.checkpoint.exporter import export
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_EPILOG = """\
+examples:
+  # the newest checkpoint of a run, as a folder for StableDiffusion3Pipeline.from_pretrained
+  python tools/convert_to_diffusers.py runs/sft exports/sft
+  # a certain checkpoint's plain weights in bf16, the transformer alone
+  python tools/convert_to_diffusers.py runs/sft/checkpoints/step-00000500 exports/t \\
+      --weights plain --dtype bf16 --transformer-only
+
+OUT gets transformer/ from the checkpoint and every other part of the pipeline from the base, with a
+README.md that says where the weights come from. Weights are written tensor by tensor: memory stays
+near the largest tensor. OUT appears complete or not at all.
+"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the command line and export."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="a checkpoint (.../checkpoints/step-00000500), or a run folder: its newest checkpoint",
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; absent or empty")
+    parser.add_argument(
+        "--base",
+        type=Path,
+        metavar="DIR",
+        help="diffusers folder that gives VAE, text encoders, tokenizers and scheduler (default: "
+        "the model.pretrained recorded in the checkpoint)",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("ema", "plain"),
+        default="ema",
+        help="the moving average of the weights, or the weights themselves (default: ema)",
+    )
+    parser.add_argument(
+        "--transformer-only",
+        action="store_true",
+        help="write the transformer alone, right into OUT (for SD3Transformer2DModel)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=tuple(_DTYPES),
+        help="cast the weights (default: as in the checkpoint, fp32); the position table is cast "
+        "only if that loses no bit",
+    )
+    args = parser.parse_args(arguments)
+    try:
+        out = export(
+            args.checkpoint,
+            args.out,
+            base=args.base,
+            weights=args.weights,
+            transformer_only=args.transformer_only,
+            dtype=_DTYPES[args.dtype] if args.dtype else None,
+        )
+    except (CheckpointError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Draw pictures through our model, from a diffusers folder or from a checkpoint of ours."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from soar_mega.backends.torch import TorchBackend
+from soar_mega.checkpoint.importer import find_weights, load_weights, read_transformer_config
+from soar_mega.checkpoint.store import read_extra
+from soar_mega.data.encoders import FrozenEncoders
+from soar_mega.model.config import MMDiTConfig
+from soar_mega.model.stage import MMDiTStage
+from soar_mega.parallel.mesh import Mesh
+from soar_mega.sampling.generate import generate, start_noise
+from soar_mega.sampling.pictures import grid, to_pictures
+
+_EPILOG = """\
+examples:
+  python tools/generate.py models/sd35 --prompt "a red fox in snow" --out out/fox
+  python tools/generate.py runs/sft --prompts-file prompts.txt --out out/sft --seed 7 --batch 8
+  python tools/generate.py runs/sft/checkpoints/step-00000500 --weights plain --prompt "a 7" --out o
+
+DIR gets 0000.png, 0001.png, ..., grid.png with all of them, and pictures.json with prompt and seed
+of each. Picture number i is drawn with seed SEED + i; the same seed gives the same starting noise
+on every machine. One process; on CUDA if there is a device (bf16), else on the CPU (fp32).
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "model",
+        type=Path,
+        metavar="MODEL",
+        help="a diffusers pipeline folder, a checkpoint of ours, or a run folder (its newest "
+        "checkpoint); a checkpoint's text encoders and VAE come from its model.pretrained",
+    )
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="a prompt; give it again for more pictures",
+    )
+    prompts.add_argument(
+        "--prompts-file", type=Path, metavar="FILE", help="a text file with one prompt a line"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder to write; absent or empty"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the first picture (default: 0)"
+    )
+    parser.add_argument("--steps", type=int, default=28, help="sampling steps (default: 28)")
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        default=4.5,
+        help="classifier-free guidance scale; 1 switches it off (default: 4.5)",
+    )
+    for name in ("--height", "--width"):
+        parser.add_argument(
+            name, type=int, metavar="PIXELS", help="default: what the model config names"
+        )
+    parser.add_argument(
+        "--max-sequence-length",
+        type=int,
+        metavar="TOKENS",
+        help="T5 tokens (default: what the checkpoint was trained with, or 256 if unknown)",
+    )
+    parser.add_argument("--batch", type=int, default=4, help="pictures at a time (default: 4)")
+    parser.add_argument(
+        "--weights",
+        choices=("ema", "plain"),
+        default="ema",
+        help="which weights of a checkpoint; a diffusers folder has one kind (default: ema)",
+    )
+    return parser
+
+
+def _draw(args: argparse.Namespace, prompts: list[str]) -> None:
+    mesh = Mesh.single("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if mesh.device.type == "cuda" else torch.float32
+    checkpoint = find_weights(args.model)
+    if checkpoint is None:
+        base: Path = args.model
+        record: dict[str, Any] = {"transformer": read_transformer_config(args.model)}
+    else:
+        record = read_extra(checkpoint)["model"]
+        base = Path(record["pretrained"])
+    config = MMDiTConfig.from_diffusers(record["transformer"])
+    encoders = FrozenEncoders.load(base, device=mesh.device, dtype=dtype)
+    model = MMDiTStage(config, mesh, TorchBackend()).to(dtype).eval()
+    load_weights(args.model, model, mesh, args.weights)
+
+    factor = encoders.downsampling
+    height, width = (
+        args.height or config.sample_size * factor,
+        args.width or config.sample_size * factor,
+    )
+    step = factor * config.patch_size
+    if height % step or width % step:
+        raise ValueError(f"--height {height} and --width {width} must divide by {step}")
+    shape = (config.in_channels, height // factor, width // factor)
+    tokens = args.max_sequence_length or record.get("max_sequence_length", 256)
+    seeds = [args.seed + number for number in range(len(prompts))]
+    latents_BCHW = generate(
+        model,
+        encoders.encode_prompts(prompts, tokens),
+        encoders.encode_prompts([""], tokens),
+        Path(base) / "scheduler",
+        latents_BCHW=start_noise(seeds, shape, mesh.device),
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance,
+        batch_size=args.batch,
+    )
+    pictures = [
+        p for part in latents_BCHW.split(args.batch) for p in to_pictures(encoders.decode(part))
+    ]
+    args.out.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, (picture, prompt, seed) in enumerate(zip(pictures, prompts, seeds, strict=True)):
+        picture.save(args.out / f"{number:04d}.png")
+        lines.append({"file": f"{number:04d}.png", "prompt": prompt, "seed": seed})
+    grid(pictures).save(args.out / "grid.png")
+    (args.out / "pictures.json").write_text(json.dumps(lines, indent=2) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the command line, draw and save."""
+    args = _parser().parse_args(arguments)
+    try:
+        if args.out.exists() and any(args.out.iterdir()):
+            raise ValueError(f"--out {args.out} is not empty")
+        prompts = args.prompt
+        if args.prompts_file:
+            lines = args.prompts_file.read_text().splitlines()
+            prompts = [line.strip() for line in lines if line.strip()]
+        if not prompts:
+            raise ValueError(f"--prompts-file {args.prompts_file} holds no prompt")
+        _draw(args, prompts)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()
