@@ -37,8 +37,8 @@ class Demo:
         root: The checkout with ``configs/`` and ``tools/``.
         out: Folder for everything the demo makes; an earlier demo in it is replaced.
         processes: Tensor-parallel processes.
-        overrides: ``phase.section.key=value`` settings for the configs of the phases ``pretrain`` and
-            ``soar``, for shorter or longer runs.
+        overrides: ``phase.section.key=value`` settings of the phases ``pretrain`` and ``soar``, for
+            shorter or longer runs.
         pictures: Held-out prompts that are drawn and read, before and after.
         steps, guidance: How they are sampled.
     """
@@ -115,11 +115,8 @@ class Demo:
         self.seconds[title] = time.monotonic() - began
 
     def _report(self) -> dict[str, Any]:
-        print(
-            f"\n[{time.monotonic() - self._began:4.0f} s] draw and read held-out prompts",
-            flush=True,
-        )
         began = time.monotonic()
+        print(f"\n[{began - self._began:4.0f} s] draw and read held-out prompts", flush=True)
         scenes = held_out_scenes(self.pictures, seed=0)
         pictures = {
             label: self._draw(self.out / folder, scenes)
@@ -149,10 +146,13 @@ class Demo:
         return dict(scores)
 
     def _draw(self, folder: Path, scenes: Sequence[Scene]) -> list[Image.Image]:
-        """What ``StableDiffusion3Pipeline`` makes of the folder: one picture a scene, seeds 0, 1, ..."""
+        """What ``StableDiffusion3Pipeline`` draws: one picture a scene, seeds 0, 1, ..."""
         import diffusers
+        import transformers
 
-        diffusers.utils.logging.disable_progress_bar()
+        for library in (diffusers, transformers):
+            library.logging.set_verbosity_error()
+            library.logging.disable_progress_bar()
         pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(folder)
         pipeline.set_progress_bar_config(disable=True)
         torch.set_num_threads(self.processes)
@@ -173,18 +173,19 @@ class Demo:
 
     def farewell(self) -> str:
         """Where everything lies and what to do next."""
+        out = self.out
         return "\n".join(
             [
                 f"\ndone in {time.monotonic() - self._began:.0f} s",
-                f"  {self.out / 'before_after.png'}   before and after SOAR, with what the reader read",
-                f"  {self.out / 'pictures'}           pictures of the SOAR-trained model",
-                f"  {self.out / 'report.json'}        the table, every reading, timings",
-                f"  {self.out / 'export'}             the model: open it with",
+                f"  {out / 'before_after.png'}   before and after SOAR, with what was read",
+                f"  {out / 'pictures'}           pictures of the SOAR-trained model",
+                f"  {out / 'report.json'}        the table, every reading, timings",
+                f"  {out / 'export'}             the model: open it with",
                 "      from diffusers import StableDiffusion3Pipeline",
-                f"      StableDiffusion3Pipeline.from_pretrained('{self.out / 'export'}')",
-                f"  {self.out / 'pretrain'}, {self.out / 'soar'}   runs: metrics.jsonl, checkpoints",
+                f"      StableDiffusion3Pipeline.from_pretrained('{out / 'export'}')",
+                f"  {out / 'pretrain'}, {out / 'soar'}   runs: metrics.jsonl, checkpoints",
                 "next: draw your own number",
-                f"  .venv/bin/python tools/generate.py {self.out / 'export'} --out {self.out / 'mine'} "
+                f"  .venv/bin/python tools/generate.py {out / 'export'} --out {out / 'mine'} "
                 '--prompt "the number 42 in blue ink on white paper, top left"',
             ]
         )

@@ -158,7 +158,7 @@ def reference_step(
         shape, numel = sample.clean.shape, sample.clean.numel()
         slot = torch.tensor([sample.slot])
 
-        def number(purpose: Purpose, slot: Tensor = slot, **where: int) -> float:
+        def number(purpose: Purpose, slot: Tensor = slot, **where: Any) -> float:
             return float(rng.uniform(seed, purpose, step, slot, 1, **where))
 
         def field_(
@@ -166,7 +166,7 @@ def reference_step(
             slot: Tensor = slot,
             numel: int = numel,
             shape: torch.Size = shape,
-            **where: int,
+            **where: Any,
         ) -> Tensor:
             return rng.normal(seed, purpose, step, slot, numel, **where).double().view(shape)
 

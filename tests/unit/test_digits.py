@@ -141,4 +141,4 @@ def test_every_ink_is_readable_on_every_paper() -> None:
 
 def test_an_unknown_role_is_refused() -> None:
     with pytest.raises(ValueError, match="role='writer'"):
-        digits.load_scans("writer")  # type: ignore[arg-type]
+        digits.load_scans("writer")

@@ -125,7 +125,7 @@ def test_init_of_the_package_imports_nothing() -> None:
         ("rng.py", "from . import config"),
         ("data/loader.py", "def f():\n    import soar_mega.checkpoint.store"),
         ("model/stage.py", "import tools.demo"),
-        ("training/trainer.py", "from soar_mega.telemetry import MetricsWriter"),
+        ("training/trainer.py", "from soar_mega.evaluation import report"),
         ("evaluation/report.py", "from soar_mega.train import main"),
     ],
 )

@@ -63,7 +63,7 @@ def run_step(
                 part.backward()
                 loss += part.detach()
         terms.append(objective.terms(state))
-    gradients = [parameter.grad.double() for parameter in model.parameters()]
+    gradients = [p.grad.double() for p in model.parameters() if p.grad is not None]
     base = torch.cat([term.base_B for term in terms])
     aux = torch.cat([term.aux_KB for term in terms], dim=1)
     return loss, gradients, base, aux, counts

@@ -40,8 +40,8 @@ def test_the_table_is_the_schedulers_bit_for_bit(shift: float) -> None:
 
 def test_quantisation_takes_the_entry_below() -> None:
     grid = SigmaGrid("scheduler", 3.0, F64)
-    t = times(1.0, 1 - 1e-6, 0.9995, 0.9985, 0.5, 0.0015, 1e-6, 0.0)
-    index = torch.tensor([0, 0, 0, 1, 500, 998, 999, 999])
+    t = times(1.0, 1 - 1e-6, 0.9992, 0.9982, 0.5002, 0.0012, 1e-6, 0.0)
+    index = torch.tensor([0, 0, 0, 1, 499, 998, 999, 999])
     assert torch.equal(grid.sigma(t), grid.table[index])
     assert grid.table[0] == 1
     assert grid.sigma(times(0.0)) == pytest.approx(3 * 0.001 / 1.002, abs=1e-15)
