@@ -50,7 +50,7 @@ OBJECTIVES = {
 
 @dataclass(frozen=True)
 class Tiny:
-    """The folder: ``sd35`` and shards of 48 (``train``), 20 (``few``) and 16 (``heldout``) pictures."""
+    """``sd35``, and shards of 48 (``train``), 20 (``few``) and 16 (``heldout``) pictures."""
 
     folder: Path
 

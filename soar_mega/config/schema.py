@@ -160,7 +160,7 @@ class LoggingConfig(Section):
     wandb_project: Text | None = Field(None, description="wandb project; null: no wandb.")
     wandb_mode: Literal["online", "offline"] = Field("online", description="wandb's mode.")
     peak_tflops: float | None = Field(
-        None, gt=0, description="Peak TFLOP/s of one device, for MFU; null: MFU is not reported."
+        None, gt=0, description="Peak TFLOP/s of one device, for MFU; null: looked up."
     )
     timestep_bins: int = Field(10, ge=1, description="Bins of the training loss by noise level.")
 

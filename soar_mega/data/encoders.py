@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from soar_mega.data.libraries import quiet_libraries
 from soar_mega.passes import TextCondition
 
 _PROMPTS_AT_ONCE = 8
@@ -161,10 +162,7 @@ class FrozenEncoders:
         import diffusers
         import transformers
 
-        # Loading bars and remarks of both would bury what the run itself has to say.
-        for library in (diffusers, transformers):
-            library.logging.set_verbosity_error()
-            library.logging.disable_progress_bar()
+        quiet_libraries()
         root = Path(folder).expanduser()
         lead = f"model.pretrained={str(folder)!r}: "
         loaded: dict[str, Any] = {}

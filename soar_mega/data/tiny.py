@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from soar_mega.data import digits, tiny_text, tiny_vae
+from soar_mega.data.libraries import quiet_libraries
 
 SHARD_PICTURES = 1000
 _CALIBRATION_PICTURES = 256
@@ -38,7 +39,7 @@ class TinySizes:
 
     num_layers: int = 8
     num_attention_heads: int = 4
-    attention_head_dim: int = 32
+    attention_head_dim: int = 24
     dual_attention_layers: tuple[int, ...] = (0, 1, 2, 3)
     pos_embed_max_size: int = 16
     text: tiny_text.TextSizes = field(default_factory=tiny_text.TextSizes)
@@ -95,6 +96,7 @@ def make_pipeline(sizes: TinySizes, seed: int) -> Any:
         ValueError: If the sizes do not fit together.
         FileNotFoundError: If the shipped weights are missing.
     """
+    quiet_libraries()
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
     if sizes.text == tiny_text.TextSizes():

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from soar_mega.data.digits import Scene, held_out_scenes
+from soar_mega.data.libraries import quiet_libraries
 from soar_mega.evaluation.digits import load_reader
 from soar_mega.evaluation.report import table, write_report
 
@@ -147,13 +148,10 @@ class Demo:
 
     def _draw(self, folder: Path, scenes: Sequence[Scene]) -> list[Image.Image]:
         """What ``StableDiffusion3Pipeline`` draws: one picture a scene, seeds 0, 1, ..."""
-        import diffusers
-        import transformers
+        quiet_libraries()
+        from diffusers import StableDiffusion3Pipeline
 
-        for library in (diffusers, transformers):
-            library.logging.set_verbosity_error()
-            library.logging.disable_progress_bar()
-        pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(folder)
+        pipeline = StableDiffusion3Pipeline.from_pretrained(folder)
         pipeline.set_progress_bar_config(disable=True)
         torch.set_num_threads(self.processes)
         drawn: list[Image.Image] = []

@@ -2,8 +2,9 @@
 
 Linear layers have the mean and variance of PyTorch's own start, which is what a fresh diffusers
 model has: 0 and 1 / (3 fan in), for weights and biases. Norms start at 1. Closing the gates and the
-output at first (adaLN-zero) was tried on the digits of the demo and learned to write far more slowly
-within its few hundred steps (19 % against 47 % of digits read right, measured at equal time).
+output at first (adaLN-zero) was tried on the digits of the demo and learned to write far more
+slowly within its few hundred steps (19 % against 47 % of digits read right, measured at equal
+time).
 """
 
 from __future__ import annotations

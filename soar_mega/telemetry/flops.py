@@ -103,3 +103,12 @@ def model_flops_utilisation(
         peak_tflops: Peak TFLOP/s of one device.
     """
     return samples_per_s * flops_per_sample / (devices * peak_tflops * 1e12)
+
+
+# Dense bf16 peak of one device in TFLOP/s, from NVIDIA's data sheets; the first name that matches.
+_PEAKS = (("H100 PCIe", 756.0), ("H100", 989.0), ("H200", 989.0), ("B200", 2250.0), ("A100", 312.0))
+
+
+def known_peak_tflops(device_name: str) -> float | None:
+    """Dense bf16 peak TFLOP/s of a device by its name; None for one not in the table."""
+    return next((peak for name, peak in _PEAKS if name in device_name), None)

@@ -18,6 +18,7 @@ from soar_mega.checkpoint.importer import (
     read_transformer_config,
 )
 from soar_mega.config import Config, ConfigError
+from soar_mega.config.schema import RESOLUTION_STEP
 from soar_mega.config.world import check_world
 from soar_mega.data.encoders import FrozenEncoders, check_folder
 from soar_mega.data.index import ShardIndex, build_index
@@ -56,6 +57,7 @@ def check(config: Config, process: ProcessEnvironment) -> Checked:
     check_folder(config.model.pretrained)
     architecture = MMDiTConfig.from_diffusers(read_transformer_config(config.model.pretrained))
     architecture.check_tensor_parallel(config.parallel.tensor_model_parallel_size)
+    _check_resolution(config.data.resolution, architecture)
     index = build_index(_patterns(config.data.shards))
     validation = config.validation
     validation_index = None
@@ -67,6 +69,16 @@ def check(config: Config, process: ProcessEnvironment) -> Checked:
                 f"{len(validation_index)} samples: lower it or add shards"
             )
     return Checked(architecture, index, validation_index)
+
+
+def _check_resolution(resolution: int, architecture: MMDiTConfig) -> None:
+    side, room = resolution // RESOLUTION_STEP, architecture.pos_embed_max_size
+    if side > room:
+        raise ConfigError(
+            f"data.resolution = {resolution} makes {side} x {side} image tokens, but the position "
+            f"table of model.pretrained holds {room} x {room} (pos_embed_max_size): use one "
+            f"of at most {room * RESOLUTION_STEP}, or another model"
+        )
 
 
 def _patterns(shards: str | tuple[str, ...]) -> str | list[str]:

@@ -17,7 +17,12 @@ from soar_mega.config import Config, ConfigError, dump_yaml
 from soar_mega.launch.environment import ProcessEnvironment
 from soar_mega.launch.provenance import write_environment
 from soar_mega.parallel.layout import parameter_layouts
-from soar_mega.telemetry.flops import forward_flops, model_flops_utilisation, training_factor
+from soar_mega.telemetry.flops import (
+    forward_flops,
+    known_peak_tflops,
+    model_flops_utilisation,
+    training_factor,
+)
 from soar_mega.telemetry.metrics import MetricsWriter
 from soar_mega.telemetry.progress import Progress
 from soar_mega.telemetry.tracking import NoTracker, Tracker, open_tracker
@@ -174,8 +179,9 @@ def _speed(run: Run, flops: int, seconds: float, waited: float) -> dict[str, flo
         "perf/samples_per_s": rate,
         "perf/data_wait_pct": 100.0 * waited / seconds,
     }
-    if config.logging.peak_tflops is not None:
-        metrics["perf/mfu"] = model_flops_utilisation(
-            rate, flops, run.mesh.world_size, config.logging.peak_tflops
-        )
+    peak = config.logging.peak_tflops
+    if peak is None and run.mesh.device.type == "cuda":
+        peak = known_peak_tflops(torch.cuda.get_device_name(run.mesh.device))
+    if peak is not None:
+        metrics["perf/mfu"] = model_flops_utilisation(rate, flops, run.mesh.world_size, peak)
     return metrics

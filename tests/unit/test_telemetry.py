@@ -22,6 +22,7 @@ from soar_mega.telemetry import (
     MetricsWriter,
     Progress,
     forward_flops,
+    known_peak_tflops,
     model_flops_utilisation,
     open_tracker,
     read_metrics,
@@ -396,3 +397,9 @@ def test_training_factor_of_flow_matching_and_utilisation() -> None:
     # 16.8 samples/s of SOAR on SD3.5-Medium are the bound at 790 TFLOP/s.
     share = model_flops_utilisation(8 * 16.8, 22 * 2.138e12, devices=8, peak_tflops=790)
     assert share == pytest.approx(1.0, abs=2e-3)
+
+
+def test_peaks_of_known_devices() -> None:
+    assert known_peak_tflops("NVIDIA H100 80GB HBM3") == 989
+    assert known_peak_tflops("NVIDIA H100 PCIe") == 756
+    assert known_peak_tflops("NVIDIA GeForce GTX 1080") is None
