@@ -9,10 +9,14 @@ import sys
 from soar_mega.config import ConfigError, describe_keys, dump_yaml, load_config
 
 EXIT_CONFIG_ERROR = 78
+EXIT_DO_NOT_RESTART = 93
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 78 the configuration or its inputs cannot work."""
+    """Exit code: 0 done, 1 failed, 78 configuration or inputs cannot work, 93 do not restart.
+
+    93 means that the same start would fail in the same way, as when the loss is not finite.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m soar_mega.train",
         description="Pretrain, fine-tune or SOAR-train an SD3-family MMDiT.",
@@ -29,21 +33,36 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--print-config", action="store_true", help="print the resolved configuration and stop"
     )
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     try:
         config = load_config(arguments.config, arguments.overrides)
         if arguments.print_config:
             print(dump_yaml(config), end="")
             return 0
-        # torch and the model libraries take seconds to import; a typo is told at once.
-        from soar_mega.training.trainer import train
+    except ConfigError as error:
+        return _fail(error, EXIT_CONFIG_ERROR)
+    # torch and the model libraries take seconds to import; a typo is told before.
+    from soar_mega.data.index import DataError
+    from soar_mega.training.step import NotFiniteError
+    from soar_mega.training.trainer import train
 
+    try:
         train(config)
     except ConfigError as error:
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-            print(f"error: {error}", file=sys.stderr)
-        return EXIT_CONFIG_ERROR
+        return _fail(error, EXIT_CONFIG_ERROR)
+    except NotFiniteError as error:
+        return _fail(error, EXIT_DO_NOT_RESTART)
+    except DataError as error:  # one rank's sample: the others have not heard of it
+        return _fail(error, 1, everywhere=True)
     return 0
+
+
+def _fail(error: Exception, code: int, *, everywhere: bool = False) -> int:
+    """Print the message, on rank 0 alone where every rank has the same; returns the exit code."""
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    if rank == "0" or everywhere:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    return code
 
 
 if __name__ == "__main__":

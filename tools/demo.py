@@ -25,7 +25,7 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR")
     parser.add_argument("--processes", type=int, default=2, help="tensor parallel (default: 2)")
-    parser.add_argument("--pictures", type=int, default=160, help="prompts to score (default: 160)")
+    parser.add_argument("--pictures", type=int, default=128, help="prompts to score (default: 128)")
     parser.add_argument(
         "--set",
         action="append",

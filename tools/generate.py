@@ -74,7 +74,8 @@ def _parser() -> argparse.ArgumentParser:
         "--max-sequence-length",
         type=int,
         metavar="TOKENS",
-        help="T5 tokens (default: what the checkpoint was trained with, or 256 if unknown)",
+        help="T5 tokens (default: what the checkpoint was trained with; for a diffusers folder 256 "
+        "or its T5 tokenizer's limit)",
     )
     parser.add_argument("--batch", type=int, default=4, help="pictures at a time (default: 4)")
     parser.add_argument(
@@ -110,7 +111,9 @@ def _draw(args: argparse.Namespace, prompts: list[str]) -> None:
     if height % step or width % step:
         raise ValueError(f"--height {height} and --width {width} must divide by {step}")
     shape = (config.in_channels, height // factor, width // factor)
-    tokens = args.max_sequence_length or record.get("max_sequence_length", 256)
+    # diffusers' own default is 256, but a T5 tokenizer may have been made for less.
+    limit = encoders.tokenizers[2].model_max_length if encoders.t5 is not None else 256
+    tokens = args.max_sequence_length or record.get("max_sequence_length", min(256, limit))
     seeds = [args.seed + number for number in range(len(prompts))]
     latents_BCHW = generate(
         model,

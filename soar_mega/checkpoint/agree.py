@@ -23,8 +23,10 @@ def on_rank_0(mesh: Mesh, function: Callable[[], T], what: str) -> T:
     if mesh.rank == 0:
         try:
             answer[1] = function()
-        except (OSError, ValueError) as error:
-            answer[0] = f"{what}: {error}"
+        # Whatever it is: the others wait in the broadcast and must hear of it.
+        except Exception as error:
+            told = isinstance(error, OSError | ValueError)
+            answer[0] = f"{what}: {error if told else repr(error)}"
     if mesh.world_group is not None:
         dist.broadcast_object_list(answer, src=0, group=mesh.world_group)
     if answer[0] is not None:

@@ -55,7 +55,7 @@ def export(
         CheckpointError: ``out`` is not empty; the checkpoint is damaged or lacks tensors or facts;
             the base is no complete pipeline folder. Nothing is left behind.
     """
-    checkpoint, out = store.find(checkpoint), Path(out)
+    checkpoint, out = store.find(checkpoint), Path(out).resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists and is not empty: choose another folder or remove it")
     state, extra = store.StateReader(checkpoint), store.read_extra(checkpoint)

@@ -1,7 +1,9 @@
 """Checkpoint folders by name: which are committed, which is newest, which one a person means.
 
 A folder ``step-00000003`` with a ``manifest.json`` is committed. Every other name (``.tmp``: being
-written or interrupted, ``.replaced``, ``.deleting``: on their way out) is never looked at.
+written or interrupted; ``.deleting``: on its way out; ``.superseded-<n>``: of steps that a resumed
+run does again) is never looked at, but for ``.replaced``, which is put back where its successor
+never came.
 """
 
 from __future__ import annotations
@@ -37,8 +39,9 @@ def check(path: Path) -> None:
         )
     try:
         files = json.loads((path / "manifest.json").read_text())["files"]
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(f"{path / 'manifest.json'} is damaged: {error}") from error
+        files = {name: {"size": int(entry["size"])} for name, entry in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path / 'manifest.json'} is damaged: {error!r}") from error
     damage = []
     for name, entry in files.items():
         found = (path / name).stat().st_size if (path / name).is_file() else None
@@ -81,6 +84,7 @@ def resolve(resume: str, root: Path | str, mesh: Mesh) -> Path | None:
     """
 
     def decide() -> str | None:
+        _put_back(Path(root))
         if resume == "none":
             return None
         path = latest(root) if resume == "latest" else Path(resume)
@@ -121,6 +125,31 @@ def replace(temporary: Path, final: Path) -> None:
         os.close(descriptor)
     if aside.exists():
         shutil.rmtree(aside)
+
+
+def _put_back(root: Path) -> None:
+    """A kill between the two renames of ``replace`` left the old folder under another name."""
+    for aside in root.glob("step-*.replaced"):
+        final = aside.with_suffix("")
+        if not final.exists():
+            aside.rename(final)
+
+
+def set_aside_after(root: Path, step: int) -> list[Path]:
+    """Rename committed checkpoints of steps after ``step``; returns their new names, oldest first.
+
+    A run that resumes at ``step`` does those steps again: left alone, the old ones would count as
+    the newest.
+    """
+    renamed = []
+    for path in committed(root):
+        match = _NAME.fullmatch(path.name)
+        if match and int(match[1]) > step:
+            number = 1
+            while (target := path.with_name(f"{path.name}.superseded-{number}")).exists():
+                number += 1
+            renamed.append(path.rename(target))
+    return renamed
 
 
 def retain(root: Path, keep: int) -> None:

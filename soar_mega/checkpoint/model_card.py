@@ -23,6 +23,7 @@ def model_card(
         "weights": weights,
         "checkpoint": checkpoint.name,
         "trained from": extra["model"]["pretrained"],
+        "max_sequence_length (T5 tokens)": extra["model"].get("max_sequence_length"),
         **({} if transformer_only else {"rest of the pipeline": str(base)}),
         **extra.get("lineage", {}),
     }

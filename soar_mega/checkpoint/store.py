@@ -42,6 +42,7 @@ from soar_mega.checkpoint.folders import (
     replace,
     resolve,
     retain,
+    set_aside_after,
     write_json,
 )
 from soar_mega.parallel.mesh import Mesh
@@ -58,6 +59,7 @@ __all__ = [
     "read_extra",
     "resolve",
     "save",
+    "set_aside_after",
 ]
 
 MODEL = "model."
@@ -119,7 +121,7 @@ def save(
 
 
 def load(path: Path | str, tensors: Mapping[str, BoxedTensor], mesh: Mesh) -> dict[str, Any]:
-    """Read this rank's pieces in place, whatever layout wrote them; every rank calls it.
+    """Verify, then read this rank's pieces in place, whatever layout wrote them; all ranks call it.
 
     Args:
         path: A committed checkpoint.
@@ -130,11 +132,16 @@ def load(path: Path | str, tensors: Mapping[str, BoxedTensor], mesh: Mesh) -> di
         The content of ``trainer.json``.
 
     Raises:
-        CheckpointError: On every rank: not committed, files missing or of the wrong size, tensors
-            missing or of another shape (all are listed).
+        CheckpointError: On every rank: not committed, files missing, of the wrong size or with
+            another hash, tensors missing or of another shape (all are listed).
     """
     path = Path(path)
     on_rank_0(mesh, lambda: check(path), f"cannot load the checkpoint {path}")
+    damage = [name for names in gather(_wrong_hashes(path, mesh), mesh) for name in names]
+    if damage:
+        raise CheckpointError(
+            f"checkpoint {path} is damaged:" + listing("files with another hash", sorted(damage))
+        )
     reader = Reader(path / "state")
     problem = _compare(reader, tensors)
     everyone = gather(problem, mesh)
@@ -191,8 +198,7 @@ def _digest_files(folder: Path, mesh: Mesh) -> Callable[[], dict[str, dict[str, 
         for file in sorted(p for p in folder.rglob("*") if p.is_file()):
             writer = re.match(r"__(\d+)_", file.name)
             if (int(writer[1]) if writer else 0) == mesh.rank:
-                with file.open("rb") as stream:
-                    digest = hashlib.file_digest(stream, "sha256").hexdigest()
+                digest = _sha256(file)
                 name = file.relative_to(folder).as_posix()
                 mine[name] = {"size": file.stat().st_size, "sha256": digest}
     except OSError as error:
@@ -206,6 +212,26 @@ def _digest_files(folder: Path, mesh: Mesh) -> Callable[[], dict[str, dict[str, 
         return {name: entry for files, _ in everyone for name, entry in sorted(files.items())}
 
     return joined
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _wrong_hashes(folder: Path, mesh: Mesh) -> list[str]:
+    """Of every ``world_size``-th file of the manifest, those whose bytes have changed."""
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    mine = sorted(files)[mesh.rank :: mesh.world_size]
+    wrong = []
+    for name in mine:
+        try:
+            same = _sha256(folder / name) == files[name].get("sha256")
+        except OSError:
+            same = False
+        if not same:
+            wrong.append(name)
+    return wrong
 
 
 def _compare(reader: Reader, tensors: Mapping[str, BoxedTensor]) -> str:

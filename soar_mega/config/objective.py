@@ -38,7 +38,7 @@ class FlowMatchingConfig(Section):
         0.00299,
         gt=0,
         lt=1,
-        description="Lowest noise level of auxiliary states; loss weights are clamped to its.",
+        description="Lowest noise level of auxiliary states and at which loss weights are taken.",
     )
 
 

@@ -81,7 +81,7 @@ class DataConfig(Section):
     )
     max_sequence_length: int = Field(77, ge=1, le=512, description="T5 tokens per prompt.")
     cache_encoded: bool = Field(
-        False, description="Encode every sample once, before training, and train on the result."
+        False, description="Keep every encoded sample in host memory; for small data sets."
     )
     random_flip: bool = Field(False, description="Mirror half of the pictures.")
     num_decode_threads: int = Field(2, ge=1, description="Threads decoding pictures.")
@@ -173,7 +173,9 @@ class ValidationConfig(Section):
     )
     shards: Text | Texts | None = Field(None, description="Held-out shards, as data.shards.")
     num_samples: int = Field(64, ge=1, description="Samples of the validation loss.")
-    num_timesteps: int = Field(8, ge=1, description="Equidistant timesteps of each sample.")
+    num_timesteps: int = Field(
+        8, ge=1, le=1000, description="Equidistant timesteps of each sample."
+    )
     prompts: Annotated[tuple[Text, ...], Field(strict=False)] = Field(
         (), description="Prompts of the picture grid."
     )

@@ -58,6 +58,9 @@ class _Rows:
         return self._stack.index_select(0, chosen).to(device, non_blocking=True)
 
 
+_VALIDATION_CHUNK = 16  # pictures encoded at a time
+
+
 class _Encoded:
     """Encoded pictures and captions, by picture and by caption."""
 
@@ -350,9 +353,12 @@ def load_validation(
         )
     encoders.latent_shape(resolution)
     means: list[Tensor] = []
-    for sample in range(num_samples):  # one by one: bounds the memory, and it happens once
-        data, where = index.read_image(sample), index.where(sample)
-        means.append(encoders.encode_images(decode_image(data, resolution, where=where)[None])[0])
+    for some in torch.arange(num_samples).split(_VALIDATION_CHUNK):  # bounds the memory
+        pixels = [
+            decode_image(index.read_image(n), resolution, where=index.where(n))
+            for n in some.tolist()
+        ]
+        means.append(encoders.encode_images(torch.stack(pixels))[0])
     captions = [index.read_caption(sample) for sample in range(num_samples)]
     latents_BCHW = encoders.normalise(torch.cat(means))
     return latents_BCHW, encoders.encode_prompts(captions, max_sequence_length)

@@ -33,7 +33,9 @@ class TinySizes:
         num_attention_heads: Heads of its attention; its width is this times the head's.
         attention_head_dim: Width of a head.
         dual_attention_layers: Blocks with a second, image-only attention.
-        pos_embed_max_size: Side of the stored position table, in image tokens.
+        pos_embed_max_size: Side of the stored position table, in image tokens. A token's step is
+            4 / this: 16 tells the four columns of a picture so weakly apart that the same
+            training reads 41 % of its digits, against 92 % and more with 8.
         text: Sizes of the text encoders; other than the defaults are trained when made.
     """
 
@@ -41,7 +43,7 @@ class TinySizes:
     num_attention_heads: int = 4
     attention_head_dim: int = 24
     dual_attention_layers: tuple[int, ...] = (0, 1, 2, 3)
-    pos_embed_max_size: int = 16
+    pos_embed_max_size: int = 8
     text: tiny_text.TextSizes = field(default_factory=tiny_text.TextSizes)
 
     def __post_init__(self) -> None:
@@ -183,7 +185,8 @@ def make_tiny(
         sizes: Of the pipeline; default ``TinySizes()``.
 
     Raises:
-        ValueError: If a count is not positive or the sizes do not fit together.
+        ValueError: If a count is not positive, the sizes do not fit together, or ``out/shards``
+            holds tars of another making.
     """
     for name, count in (
         ("train_pictures", train_pictures),
@@ -191,6 +194,10 @@ def make_tiny(
     ):
         if count < 1:
             raise ValueError(f"{name}={count}: must be at least 1.")
+    if any((out / "shards").glob("*.tar")) and not (out / "held_out_prompts.json").exists():
+        raise ValueError(
+            f"{out / 'shards'} holds tars that this tool did not make: choose another."
+        )
     save_pipeline(make_pipeline(sizes or TinySizes(), seed), out / "sd35")
 
     train = digits.training_scenes(train_pictures, seed)

@@ -7,24 +7,27 @@ diffusers' ``StableDiffusion3Pipeline`` from the exported folders.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shlex
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from soar_mega.data.digits import Scene, held_out_scenes
+from soar_mega.data.digits import PICTURE_SIZE, Scene, held_out_scenes
 from soar_mega.data.libraries import quiet_libraries
 from soar_mega.evaluation.digits import load_reader
 from soar_mega.evaluation.report import table, write_report
 
-_BATCH = 40
+_BATCH = 64
+_MADE = ("tiny", "pretrain", "soar", "before", "export")
 
 
 class DemoError(RuntimeError):
@@ -51,7 +54,7 @@ class Demo:
         *,
         processes: int = 2,
         overrides: Sequence[str] = (),
-        pictures: int = 160,
+        pictures: int = 128,
         steps: int = 20,
         guidance: float = 3.0,
     ) -> None:
@@ -67,8 +70,7 @@ class Demo:
         Raises:
             DemoError: A step failed.
         """
-        for name in ("tiny", "pretrain", "soar", "before", "export"):
-            shutil.rmtree(self.out / name, ignore_errors=True)
+        self._clear()
         tiny = self.out / "tiny"
         self._tool("make pictures and a tiny SD3.5", "tools/make_tiny.py", "--out", tiny)
         self._train("pretrain", tiny)
@@ -76,6 +78,20 @@ class Demo:
         self._export("pretrain", "before")
         self._export("soar", "export")
         return self._report()
+
+    def _clear(self) -> None:
+        """Remove what an earlier demo left, and nothing that anything else made."""
+        marker = self.out / ".soar_mega_demo"
+        left = [name for name in _MADE if (self.out / name).exists()]
+        if left and not marker.exists():
+            raise DemoError(f"{self.out} holds {', '.join(left)} that no demo made: choose another")
+        for name in left:
+            shutil.rmtree(self.out / name)
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            marker.touch()
+        except OSError as error:
+            raise DemoError(f"{self.out} cannot be written: {error}") from error
 
     def _train(self, phase: str, tiny: Path, *settings: str) -> None:
         prefix = f"{phase}."
@@ -119,10 +135,15 @@ class Demo:
         began = time.monotonic()
         print(f"\n[{began - self._began:4.0f} s] draw and read held-out prompts", flush=True)
         scenes = held_out_scenes(self.pictures, seed=0)
-        pictures = {
-            label: self._draw(self.out / folder, scenes)
-            for label, folder in (("pretrained", "before"), ("after SOAR", "export"))
-        }
+        folders = {"pretrained": self.out / "before", "after SOAR": self.out / "export"}
+        # Both at once, one thread each: threads wait for each other on a busy machine.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(len(folders), mp_context=context) as pool:
+            jobs = {
+                label: pool.submit(_draw, folder, scenes, self.steps, self.guidance)
+                for label, folder in folders.items()
+            }
+            pictures = {label: job.result() for label, job in jobs.items()}
         self.seconds["draw and read"] = time.monotonic() - began
         scores = write_report(
             self.out,
@@ -146,29 +167,6 @@ class Demo:
         print(table(scores))
         return dict(scores)
 
-    def _draw(self, folder: Path, scenes: Sequence[Scene]) -> list[Image.Image]:
-        """What ``StableDiffusion3Pipeline`` draws: one picture a scene, seeds 0, 1, ..."""
-        quiet_libraries()
-        from diffusers import StableDiffusion3Pipeline
-
-        pipeline = StableDiffusion3Pipeline.from_pretrained(folder)
-        pipeline.set_progress_bar_config(disable=True)
-        torch.set_num_threads(self.processes)
-        drawn: list[Image.Image] = []
-        for start in range(0, len(scenes), _BATCH):
-            part = scenes[start : start + _BATCH]
-            seeds = range(start, start + len(part))
-            drawn += pipeline(
-                [scene.caption for scene in part],
-                height=64,
-                width=64,
-                num_inference_steps=self.steps,
-                guidance_scale=self.guidance,
-                max_sequence_length=pipeline.tokenizer_3.model_max_length,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            ).images
-        return drawn
-
     def farewell(self) -> str:
         """Where everything lies and what to do next."""
         out = self.out
@@ -180,10 +178,36 @@ class Demo:
                 f"  {out / 'report.json'}        the table, every reading, timings",
                 f"  {out / 'export'}             the model: open it with",
                 "      from diffusers import StableDiffusion3Pipeline",
-                f"      StableDiffusion3Pipeline.from_pretrained('{out / 'export'}')",
+                f"      pipeline = StableDiffusion3Pipeline.from_pretrained('{out / 'export'}')",
+                '      pipeline("the number 42 in red ink on white paper, top left", height=64,',
+                "               width=64, max_sequence_length=16).images[0]",
                 f"  {out / 'pretrain'}, {out / 'soar'}   runs: metrics.jsonl, checkpoints",
                 "next: draw your own number",
                 f"  .venv/bin/python tools/generate.py {out / 'export'} --out {out / 'mine'} "
                 '--prompt "the number 42 in blue ink on white paper, top left"',
             ]
         )
+
+
+def _draw(folder: Path, scenes: Sequence[Scene], steps: int, guidance: float) -> list[Image.Image]:
+    """What ``StableDiffusion3Pipeline`` draws: one picture a scene, seeds 0, 1, ..."""
+    quiet_libraries()
+    from diffusers import StableDiffusion3Pipeline
+
+    torch.set_num_threads(1)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    drawn: list[Image.Image] = []
+    for start in range(0, len(scenes), _BATCH):
+        part = scenes[start : start + _BATCH]
+        seeds = range(start, start + len(part))
+        drawn += pipeline(
+            [scene.caption for scene in part],
+            height=PICTURE_SIZE,
+            width=PICTURE_SIZE,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            max_sequence_length=pipeline.tokenizer_3.model_max_length,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        ).images
+    return drawn

@@ -100,19 +100,6 @@ class _ReduceScatter(torch.autograd.Function):
         return _all_gather(grad, ctx.group), None
 
 
-class _Split(torch.autograd.Function):
-    """Forward: one's own share. Backward: all shares."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _own_share(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _all_gather(grad, ctx.group), None
-
-
 def copy_to_tensor_ranks(x: Tensor, mesh: Mesh) -> Tensor:
     """Entry of a column-parallel region: the same input everywhere, gradients summed."""
     return x if mesh.tensor_group is None else _Copy.apply(x, mesh.tensor_group)
@@ -138,11 +125,6 @@ def gather_tokens(x_lBD: Tensor, mesh: Mesh, *, partial_gradient: bool = True) -
 def reduce_scatter_tokens(x_LBD: Tensor, mesh: Mesh) -> Tensor:
     """Exit of a row-parallel region with sequence parallel: sums, each rank keeping its tokens."""
     return x_LBD if mesh.tensor_group is None else _ReduceScatter.apply(x_LBD, mesh.tensor_group)
-
-
-def split_tokens(x_LBD: Tensor, mesh: Mesh) -> Tensor:
-    """One's own share of tokens that every rank holds."""
-    return x_LBD if mesh.tensor_group is None else _Split.apply(x_LBD, mesh.tensor_group)
 
 
 def padded_length(length: int, mesh: Mesh) -> int:

@@ -8,6 +8,7 @@ it; nothing in the project keeps the layout in a global.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -43,8 +44,17 @@ class Mesh:
         return Mesh(0, 1, 0, 1, 0, 1, None, None, None, torch.device(device))
 
     @staticmethod
-    def build(tensor_size: int = 1, device: torch.device | str = "cpu") -> Mesh:
+    def build(
+        tensor_size: int = 1,
+        device: torch.device | str = "cpu",
+        timeout: timedelta | None = None,
+    ) -> Mesh:
         """The mesh over the initialised default process group.
+
+        Args:
+            tensor_size: Tensor-parallel ranks.
+            device: Where this process computes.
+            timeout: Of the groups' collectives; None: the backend's.
 
         Raises:
             ValueError: ``tensor_size`` does not divide the number of processes.
@@ -67,12 +77,12 @@ class Mesh:
 
         # Every rank creates every group, in the same order: new_group is collective.
         tensor_groups = [
-            dist.new_group([d * tensor_size + t for t in range(tensor_size)])
+            dist.new_group([d * tensor_size + t for t in range(tensor_size)], timeout)
             for d in range(data_size)
             if tensor_size > 1
         ]
         data_groups = [
-            dist.new_group([d * tensor_size + t for d in range(data_size)])
+            dist.new_group([d * tensor_size + t for d in range(data_size)], timeout)
             for t in range(tensor_size)
             if data_size > 1
         ]

@@ -14,7 +14,6 @@ to another form a *link*; on a link the n-th send meets the n-th receive, whatev
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from fractions import Fraction
@@ -172,15 +171,6 @@ class Step:
         if unknown:
             raise ValueError(f"passes wait for {unknown}, which the objective does not declare")
         return awaited
-
-    def work(self, rank: int) -> Iterator[Action]:
-        """Every forward of a rank, its gradients (as BACKWARD) included, in no useful order."""
-        for p in self.passes:
-            for microbatch in range(self.microbatches):
-                for chunk in range(self.placement.chunks):
-                    yield Action(Kind.FORWARD, p.name, microbatch, chunk)
-                    if p.grad:
-                        yield Action(Kind.BACKWARD, p.name, microbatch, chunk)
 
     def needs(self, rank: int, action: Action) -> Message | None:
         """What a compute action takes from another stage, on the same rank or not."""

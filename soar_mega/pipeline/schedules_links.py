@@ -12,25 +12,42 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Sequence
+from fractions import Fraction
 
-from soar_mega.pipeline.actions import TAKES_GRADIENT, Action, Channel, Kind, Message, Schedule, Step
+from soar_mega.pipeline.actions import (
+    Action,
+    Channel,
+    Kind,
+    Message,
+    Schedule,
+    Step,
+)
 from soar_mega.pipeline.rendezvous import Rendezvous
 
-EARLY = 1
+EARLY = 2
 
 
 class _Plan(Rendezvous):
     """A run in which every output is everywhere at once and needs no message."""
 
+    def __init__(self, bare: Schedule, flush: bool) -> None:
+        super().__init__(bare, lambda _, a: 2.0 if a.kind is Kind.BACKWARD else 1.0)
+        self.held = flush
+
     def _source(self, rank: int, need: Message) -> dict[Message, float]:
-        return self.made
+        return {} if self.held and need.channel is Channel.HAND_OVER else self.made
 
     def _finish(self, rank: int, action: Action, end: float) -> None:
-        before = len(self.made)
         super()._finish(rank, action, end)
-        if len(self.made) > before:
-            message = next(reversed(self.made))
-            self.wake(self.step.placement.rank(self.step.target(message)))
+        made = self.step.makes(rank, action)
+        if made is not None:
+            self.wake(self.step.placement.rank(self.step.target(made)))
+        elif action.kind is Kind.FORWARD and action.pass_name in self.step.awaited:
+            out = [self.step.hand_over(m) for m in range(self.step.microbatches)]
+            if self.held and all(message in self.made for message in out):
+                self.held = False
+                self.made.update(dict.fromkeys(out, end))
+            self.wake(0)
 
 
 def link(step: Step, orders: Sequence[Sequence[Action]], *, flush: bool) -> list[list[Action]]:
@@ -44,8 +61,8 @@ def link(step: Step, orders: Sequence[Sequence[Action]], *, flush: bool) -> list
     Raises:
         ScheduleError: The compute actions wait for each other in a circle.
     """
-    bare = Schedule("plan", step, tuple(tuple(order) for order in orders), step.no_bound)
-    events = _Plan(bare, lambda _, a: 2.0 if a.kind is Kind.BACKWARD else 1.0).run()
+    bare = Schedule("plan", step, tuple(tuple(order) for order in orders), Fraction(0))
+    events = _Plan(bare, flush).run()
     ends = [[event.end for event in rank_events] for rank_events in events]
     # What each rank does before its compute action number k (k = len: at the end).
     posts: list[dict[int, list[Action]]] = [defaultdict(list) for _ in orders]
@@ -59,9 +76,7 @@ def link(step: Step, orders: Sequence[Sequence[Action]], *, flush: bool) -> list
                 continue
             source, chunk = place.chunk(message.source_stage), place.chunk(target)
             name, microbatch, channel = message.pass_name, message.microbatch, message.channel
-            sends[rank][at + 1].append(
-                Action(Kind.SEND, name, microbatch, source, channel, peer)
-            )
+            sends[rank][at + 1].append(Action(Kind.SEND, name, microbatch, source, channel, peer))
             # The last gap that the peer reaches by the time of the send.
             gap = max(0, bisect_right(ends[peer], ends[rank][at]) - EARLY)
             posts[peer][gap].append(Action(Kind.RECEIVE, name, microbatch, chunk, channel, rank))

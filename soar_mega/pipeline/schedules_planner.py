@@ -7,9 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from soar_mega.pipeline.actions import Action, Kind, Step
+from soar_mega.pipeline.actions import TAKES_GRADIENT, Action, Kind, Step
 from soar_mega.pipeline.schedules_trips import Trip
 
+# All ticks of a stage are equal, a backward's two halves likewise.
+TICKS = {
+    Kind.FORWARD: 1,
+    Kind.BACKWARD: 2,
+    Kind.INPUT_BACKWARD: 1,
+    Kind.WEIGHT_BACKWARD: 1,
+}
 # What a policy names: forward, input gradient or weight gradient of a chunk.
 Choice = tuple[Kind, int]
 
@@ -30,19 +37,18 @@ class Planner:
         self.step, self.trips = step, trips
         self.graded = [trip for trip in trips if trip.grad]
         place = step.placement
-        self.forwards, self.kept, self.inputs, self.weights = (
-            [0] * place.stages for _ in range(4)
-        )
+        self.forwards, self.kept, self.inputs, self.weights = ([0] * place.stages for _ in range(4))
         self.orders: list[list[Action]] = [[] for _ in range(place.ranks)]
         self.stages = [
             [place.stage(rank, chunk) for chunk in range(place.chunks)]
             for rank in range(place.ranks)
         ]
-        self.wanted = place.chunks * (len(trips) + 2 * len(self.graded))
+        self.work = place.chunks * (len(trips) + 2 * len(self.graded))
+        self.left = self.work * place.ranks
+        # Ticks in which any order that goes on at all is through: one rank at a time.
+        self.enough = self.left
         last_of = {
-            trip.microbatch: at
-            for at, trip in enumerate(trips)
-            if trip.pass_name in step.awaited
+            trip.microbatch: at for at, trip in enumerate(trips) if trip.pass_name in step.awaited
         }
         # How many trips must have left the last stage before this one may enter the first.
         self.waits = [
@@ -80,14 +86,20 @@ class Planner:
         return sum(self.kept[stage] - self.weights[stage] for stage in self.stages[rank])
 
     def run(self, policy: Callable[[Planner, int], Choice | None], limit: int) -> int | None:
-        """Ticks until all is done under ``policy``; None: not in less than ``limit`` ticks."""
-        ranks = range(len(self.orders))
-        for tick in range(1, limit):
-            for rank, choice in enumerate([policy(self, rank) for rank in ranks]):
-                if choice is not None:
-                    self._do(rank, *choice)
-            if all(len(order) == self.wanted for order in self.orders):
+        """Ticks until all is done under ``policy``; None: not within ``limit`` ticks."""
+        under_way: list[tuple[int, Choice] | None] = [None for _ in self.orders]
+        for tick in range(limit + 1):
+            for rank, going in enumerate(under_way):
+                if going is not None and going[0] == tick:
+                    self._do(rank, *going[1])
+                    under_way[rank] = None
+            if self.left == 0:
                 return tick
+            # All look at the same state: what begins in this tick shows in a later one.
+            for rank, going in enumerate(under_way):
+                choice = policy(self, rank) if going is None else None
+                if choice is not None:
+                    under_way[rank] = tick + TICKS[choice[0]], choice
         return None
 
     def _do(self, rank: int, kind: Kind, chunk: int) -> None:
@@ -96,10 +108,12 @@ class Planner:
             trip = self.trips[self.forwards[stage]]
             self.forwards[stage] += 1
             self.kept[stage] += trip.grad
-        elif kind is Kind.INPUT_BACKWARD:
+        elif kind in TAKES_GRADIENT:
             trip = self.graded[self.inputs[stage]]
             self.inputs[stage] += 1
+            self.weights[stage] += kind is Kind.BACKWARD
         else:
             trip = self.graded[self.weights[stage]]
             self.weights[stage] += 1
+        self.left -= TICKS[kind]
         self.orders[rank].append(trip.action(kind, chunk))

@@ -6,8 +6,6 @@ rank, placed as a V.
 
 from __future__ import annotations
 
-from fractions import Fraction
-
 from soar_mega.pipeline.actions import Action, Kind, Step
 from soar_mega.pipeline.schedules_planner import Choice, Planner
 from soar_mega.pipeline.schedules_trips import entry_order
@@ -15,7 +13,7 @@ from soar_mega.pipeline.schedules_trips import entry_order
 F, I, W = Kind.FORWARD, Kind.INPUT_BACKWARD, Kind.WEIGHT_BACKWARD  # noqa: E741
 
 
-def zero_bubble(step: Step) -> tuple[list[list[Action]], Fraction]:
+def zero_bubble(step: Step) -> list[list[Action]]:
     """ZB-H1: at most P live, and only the first microbatch's way to the last rank as bubble.
 
     Rank r does P - r warm-up forwards with gradient, then an input gradient before each forward,
@@ -38,11 +36,11 @@ def zero_bubble(step: Step) -> tuple[list[list[Action]], Fraction]:
         return (W, 0) if plan.can_weight(rank) else None
 
     planner = Planner(step, entry_order(step))
-    planner.run(policy, limit=_enough(planner))
-    return planner.orders, Fraction(ranks)
+    planner.run(policy, planner.enough)
+    return planner.orders
 
 
-def zero_bubble_v(step: Step) -> tuple[list[list[Action]], Fraction]:
+def zero_bubble_v(step: Step) -> list[list[Action]]:
     """Two chunks a rank as a V: half the ramp of ``zero_bubble``, and no hop for the hand-over.
 
     Each rank takes what is ready of: forward of its second chunk, input gradient of its second,
@@ -50,7 +48,8 @@ def zero_bubble_v(step: Step) -> tuple[list[list[Action]], Fraction]:
     loss goes first. A forward must leave its rank within the cap on live chunks; one of the first
     chunk leaves a place free for the second's, without which nothing would ever be let go.
 
-    Caps from P live upwards are tried; the lowest that meets the lower bound wins, else the fastest.
+    Caps from P live upwards are tried: the lowest that meets the lower bound wins, else the
+    fastest.
     """
     ranks = step.placement.ranks
     best: list[list[Action]] = []
@@ -73,14 +72,9 @@ def zero_bubble_v(step: Step) -> tuple[list[list[Action]], Fraction]:
             return next(((W, c) for c in (0, 1) if plan.can_weight(plan.stages[rank][c])), None)
 
         planner = Planner(step, entry_order(step))
-        needed = planner.run(policy, limit=ticks or _enough(planner))
+        needed = planner.run(policy, ticks - 1 if ticks else planner.enough)
         if needed is not None:
             best, ticks = planner.orders, needed
-            if needed == planner.wanted + ranks - 1:
+            if needed == planner.work + ranks - 1:
                 break
-    return best, Fraction(3 * ranks, 2)
-
-
-def _enough(planner: Planner) -> int:
-    """Ticks in which any order that goes on at all is through: one action of one rank a tick."""
-    return planner.wanted * len(planner.orders) + 2
+    return best

@@ -162,6 +162,7 @@ def measure_once(side: str, case: Case, steps: int) -> dict[str, float]:
     """
     torch.set_num_threads(case.threads)
     step = _SIDES[side](case)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the set-up
     before = _status_mib("VmRSS")
     step()
     growth = _status_mib("VmHWM") - before

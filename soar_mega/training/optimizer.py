@@ -73,8 +73,8 @@ class ShardOptimizer:
 class ShardEMA:
     """Exponential moving average of the master share.
 
-    The decay grows as (1 + n) / (10 + n) towards ``decay`` over the first updates, so that the
-    average forgets the start quickly (diffusers' ``EMAModel`` does the same).
+    The decay of update n (from 1) is at most n / (9 + n), and 0 for the first, so that the average
+    forgets the start quickly (as in diffusers' ``EMAModel``).
     """
 
     def __init__(self, master_shard: Tensor, decay: float) -> None:
@@ -83,5 +83,5 @@ class ShardEMA:
 
     def update(self, master_shard: Tensor, updates: int) -> None:
         """Fold in the weights after update number ``updates`` (from 1)."""
-        decay = min(self._decay, (1 + updates) / (10 + updates))
+        decay = min(self._decay, updates / (9 + updates)) if updates > 1 else 0.0
         self.shard.lerp_(master_shard, 1.0 - decay)

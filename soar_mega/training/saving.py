@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from soar_mega.checkpoint import store
+from soar_mega.checkpoint.agree import on_rank_0
 from soar_mega.checkpoint.boxes import BoxedTensor
 from soar_mega.config import Config, ConfigError
 from soar_mega.parallel.mesh import Mesh
@@ -88,6 +89,12 @@ def find(config: Config, mesh: Mesh) -> Path | None:
     """
     root = Path(config.run.dir) / CHECKPOINTS
     found = store.resolve(config.checkpoint.resume, root, mesh)
+    if found is not None and found.resolve().parent != root.resolve() and store.latest(root):
+        raise ConfigError(
+            f"checkpoint.resume = {found} is of another run than run.dir = {config.run.dir}, which "
+            "holds checkpoints of its own: choose another run.dir, or start a new run from it with "
+            "model.init_from"
+        )
     if found is None and config.checkpoint.resume == "none" and store.latest(root) is not None:
         raise ConfigError(
             f"run.dir = {config.run.dir} already holds checkpoints and checkpoint.resume is none: "
@@ -98,6 +105,8 @@ def find(config: Config, mesh: Mesh) -> Path | None:
 
 def resume(stepper: Stepper, path: Path, data_fingerprint: str) -> tuple[int, dict[str, Any]]:
     """Take up weights, EMA and optimizer from ``path``; every rank calls it.
+
+    Later checkpoints of the same run are set aside, because their steps are done again.
 
     Returns:
         The steps done, and the recorded lineage.
@@ -117,4 +126,10 @@ def resume(stepper: Stepper, path: Path, data_fingerprint: str) -> tuple[int, di
     extra = store.load(path, _tensors(stepper), stepper.mesh)
     stepper.optimizer.step = extra["optimizer_updates"]
     stepper.parameters.publish()
+    if path.resolve().parent == (Path(stepper.config.run.dir) / CHECKPOINTS).resolve():
+        on_rank_0(
+            stepper.mesh,
+            lambda: [str(p) for p in store.set_aside_after(path.resolve().parent, extra["step"])],
+            f"cannot set aside the checkpoints after {path}",
+        )
     return extra["step"], extra["lineage"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import tempfile
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -35,7 +37,9 @@ from soar_mega.training import saving
 from soar_mega.training.step import Stepper
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_START_TIMEOUT = timedelta(minutes=10)
+# Of every collective: longer than the slowest thing one rank may do while the others wait, which is
+# writing or hashing its part of a checkpoint.
+_TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ def check(config: Config, process: ProcessEnvironment) -> Checked:
         ConfigError, ValueError: The first problem found, naming setting, value, rule and fix.
     """
     check_world(config, process.world_size)
+    _check_run_folder(config, process)
     check_folder(config.model.pretrained)
     architecture = MMDiTConfig.from_diffusers(read_transformer_config(config.model.pretrained))
     architecture.check_tensor_parallel(config.parallel.tensor_model_parallel_size)
@@ -69,6 +74,21 @@ def check(config: Config, process: ProcessEnvironment) -> Checked:
                 f"{len(validation_index)} samples: lower it or add shards"
             )
     return Checked(architecture, index, validation_index)
+
+
+def _check_run_folder(config: Config, process: ProcessEnvironment) -> None:
+    if config.logging.wandb_project is not None and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            f"logging.wandb_project = {config.logging.wandb_project} needs wandb, which "
+            "is not installed: install soar-mega[wandb], or set it to null"
+        )
+    if process.rank == 0:
+        try:
+            Path(config.run.dir).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=config.run.dir):
+                pass
+        except OSError as error:
+            raise ConfigError(f"run.dir = {config.run.dir} cannot be written: {error}") from error
 
 
 def _check_resolution(resolution: int, architecture: MMDiTConfig) -> None:
@@ -97,7 +117,15 @@ def device_of(config: Config, process: ProcessEnvironment) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError("run.device = cuda, but torch finds no CUDA device: use auto or cpu")
-    return torch.device("cuda", process.local_rank % torch.cuda.device_count())
+    count = torch.cuda.device_count()
+    if count == 1:
+        return torch.device("cuda", 0)  # Slurm may show each task its own device only
+    if process.local_rank >= count:
+        raise ConfigError(
+            f"process {process.local_rank} of this machine has no GPU: there are {count}; start at "
+            f"most {count} processes a machine"
+        )
+    return torch.device("cuda", process.local_rank)
 
 
 def start_processes(process: ProcessEnvironment, device: torch.device) -> None:
@@ -112,7 +140,8 @@ def start_processes(process: ProcessEnvironment, device: torch.device) -> None:
         "nccl" if device.type == "cuda" else "gloo",
         rank=process.rank,
         world_size=process.world_size,
-        timeout=_START_TIMEOUT,
+        timeout=_TIMEOUT,
+        device_id=device if device.type == "cuda" else None,
     )
 
 
@@ -139,7 +168,7 @@ class Run:
 
 def build(config: Config, checked: Checked, device: torch.device) -> Run:
     """Model, weights, optimizer and data of a run; every rank calls it."""
-    mesh = Mesh.build(config.parallel.tensor_model_parallel_size, device)
+    mesh = Mesh.build(config.parallel.tensor_model_parallel_size, device, _TIMEOUT)
     path = saving.find(config, mesh)
     stage = MMDiTStage(
         checked.architecture,

@@ -6,8 +6,6 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -40,29 +38,44 @@ def train(config: Config) -> None:
     """
     process = ProcessEnvironment.read(os.environ)
     device = device_of(config, process)
-    with _as_config_error():
+    problem = checked = None
+    try:
         checked = check(config, process)
-    torch.use_deterministic_algorithms(config.run.deterministic)
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch 2.11 asks for it
+        torch.use_deterministic_algorithms(True)
     start_processes(process, device)
+    _agree(problem)
+    assert checked is not None
     try:
-        with _as_config_error():
-            run = build(config, checked, device)
-        try:
-            _loop(run, process)
-        finally:
-            run.loader.close()
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-@contextmanager
-def _as_config_error() -> Iterator[None]:
-    """While a run is put together, whatever a room refuses is the user's to mend."""
-    try:
-        yield
-    except ValueError as error:
+        run = build(config, checked, device)
+    except ValueError as error:  # whatever a room refuses is the user's to mend
         raise ConfigError(str(error)) from error
+    try:
+        _loop(run, process)
+    finally:
+        run.loader.close()
+    # Not after an error: the others may never come, and the message must not wait for them.
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _agree(problem: str | None) -> None:
+    """Refuse on every rank what any rank refuses: files need not look the same from all machines.
+
+    Raises:
+        ConfigError: The problem of the lowest rank that has one.
+    """
+    problems = [problem]
+    if dist.is_initialized():
+        problems = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+    for rank, found in enumerate(problems):
+        if found is not None:
+            alone = len(problems) > 1 and problems[0] is None
+            raise ConfigError(f"on rank {rank}: {found}" if alone else found)
 
 
 class _Reporter:
@@ -126,17 +139,19 @@ def _loop(run: Run, process: ProcessEnvironment) -> None:
             microbatches = run.loader.load(step)
             loaded = time.perf_counter()
             metrics = run.stepper.run(step, microbatches)
+            if run.mesh.device.type == "cuda":
+                torch.cuda.synchronize()  # else the update counts as the next step's load
             ended = time.perf_counter()
             metrics |= _speed(run, flops, ended - began, loaded - began)
             done = step + 1
             if validation.is_due(done):
                 metrics |= validation.losses()
             reporter.step(done, metrics)
-            if validation.pictures_due(done):
-                reporter.picture(done, validation.pictures(done))
             if done % config.checkpoint.checkpointing_steps == 0 or done == last:
                 path = saving.save(run.stepper, done, run.lineage, run.checked.index.fingerprint())
                 reporter.note(f"checkpoint: {path}")
+            if validation.pictures_due(done):
+                reporter.picture(done, validation.pictures(done))
         if run.done_steps >= last:
             reporter.note(f"nothing to do: {run.done_steps} of {last} steps are done")
     finally:
@@ -152,6 +167,10 @@ def _announce(run: Run, reporter: _Reporter) -> None:
         f"process(es), tensor parallel {mesh.tensor_size}, data parallel {mesh.data_size}; "
         f"{len(run.checked.index)} samples; run folder {config.run.dir}"
     )
+    ignored = run.checked.index.ignored()
+    if ignored:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(ignored.items()))
+        reporter.note(f"not used of the shards: {kinds}")
     if run.resumed is not None:
         reporter.note(f"resumed from {run.resumed} at step {run.done_steps}")
     elif config.checkpoint.resume == "latest":

@@ -116,8 +116,13 @@ class Validation:
                     latents_BCHW=start_noise(own, shape, mesh.device),
                     num_inference_steps=self.settings.num_inference_steps,
                     guidance_scale=self.settings.guidance_scale,
+                    batch_size=run.config.train.micro_batch_size,
                 )
-                drawn = to_pictures(run.encoders.decode(latents_BCHW))
+                drawn = [
+                    picture
+                    for part in latents_BCHW.split(run.config.train.micro_batch_size)
+                    for picture in to_pictures(run.encoders.decode(part))
+                ]
                 pictures = dict(zip(own, drawn, strict=True))
         parts = [pictures]
         if mesh.data_group is not None:

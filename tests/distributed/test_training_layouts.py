@@ -138,7 +138,7 @@ def reference(
 
 def every(world: int) -> list[Case]:
     """All layouts of a number of processes, each objective, the microbatch size varying."""
-    cases = []
+    cases: list[Case] = []
     for objective, tensor, sequence in product(OBJECTIVES, (1, 2, 4), (False, True)):
         if world % tensor or (tensor == 1 and sequence) or GLOBAL_BATCH % (world // tensor):
             continue
