@@ -31,7 +31,11 @@ from soar_mega.training.step import Stepper
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SIZES = TinySizes(
-    num_layers=3, num_attention_heads=4, attention_head_dim=8, dual_attention_layers=(0,)
+    num_layers=3,
+    num_attention_heads=4,
+    attention_head_dim=8,
+    dual_attention_layers=(0,),
+    pos_embed_max_size=12,
 )
 TRAIN, FEW, HELD_OUT = 48, 20, 16
 
@@ -187,6 +191,11 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
         {key: value for key, value in line.items() if not key.startswith("perf/")}
         for line in read_metrics(run_dir)
     ]
+
+
+def assert_nothing_written(run_dir: Path) -> None:
+    """No run began there; that the folder can be written to may have been tried out."""
+    assert not run_dir.exists() or not list(run_dir.iterdir())
 
 
 def losses(run_dir: Path) -> list[float]:

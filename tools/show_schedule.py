@@ -140,7 +140,8 @@ def title_of(args: argparse.Namespace) -> str:
         words.append(f"{args.virtual_stages} chunks each")
     words += [f"{args.microbatches} microbatches", args.objective.replace("_", " ")]
     if args.objective == "soar":
-        words.append(f"{args.num_rollout_paths} x {args.trajectory_length} auxiliary states")
+        paths = f"{args.num_rollout_paths} path{'s' * (args.num_rollout_paths > 1)}"
+        words.append(f"{paths} of {args.trajectory_length} auxiliary states")
     return ", ".join(words)
 
 

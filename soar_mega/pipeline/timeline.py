@@ -131,9 +131,9 @@ class Timeline:
             "unit": self.unit,
             "makespan": _plain(self.makespan),
             "work": _plain(self.work),
-            "bubble": self.bubble,
-            "rank_bubble": list(self.rank_bubbles),
-            "peak_live_microbatches": [_plain(float(live)) for live in self.peak_live],
+            "bubble": _plain(self.bubble),
+            "rank_bubble": [_plain(bubble) for bubble in self.rank_bubbles],
+            "peak_live_microbatches": [_plain(live) for live in self.peak_live],
             "peak_receive_buffers": list(self.receive_buffers),
         }
 
@@ -179,5 +179,7 @@ class Timeline:
         return cls(body["name"], step, events, body["unit"])
 
 
-def _plain(number: float) -> float | int:
-    return int(number) if number == int(number) else number
+def _plain(number: float | Fraction) -> float | int:
+    """Without the crumbs of adding thirds, whole numbers as such."""
+    short = float(f"{float(number):.12g}")
+    return int(short) if short == int(short) else short

@@ -55,7 +55,7 @@ class SvgCanvas:
         self.elements = [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_n(width)} {_n(height)}" '
             f'width="{_n(width)}" height="{_n(height)}" '
-            'font-family="Helvetica, Arial, sans-serif">',
+            'font-family="Helvetica, Arial, sans-serif" shape-rendering="crispEdges">',
             f'<rect width="{_n(width)}" height="{_n(height)}" fill="#ffffff"/>',
         ]
 

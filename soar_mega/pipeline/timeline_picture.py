@@ -11,7 +11,7 @@ from soar_mega.pipeline.timeline import Event, Timeline
 from soar_mega.pipeline.timeline_canvas import LETTER, Canvas, Colour, make_canvas, mix
 
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
-INK, FAINT, LANE = (31, 41, 55), (107, 114, 128), (226, 230, 236)
+INK, FAINT, LANE = (31, 41, 55), (107, 114, 128), (209, 214, 222)
 KEPT, BOUND = (172, 183, 199), (225, 130, 150)
 BASE = (37, 99, 176)
 ROLLOUTS = ((16, 145, 120), (94, 175, 90))

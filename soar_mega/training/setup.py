@@ -58,7 +58,6 @@ def check(config: Config, process: ProcessEnvironment) -> Checked:
         ConfigError, ValueError: The first problem found, naming setting, value, rule and fix.
     """
     check_world(config, process.world_size)
-    _check_run_folder(config, process)
     check_folder(config.model.pretrained)
     architecture = MMDiTConfig.from_diffusers(read_transformer_config(config.model.pretrained))
     architecture.check_tensor_parallel(config.parallel.tensor_model_parallel_size)
@@ -73,6 +72,7 @@ def check(config: Config, process: ProcessEnvironment) -> Checked:
                 f"validation.num_samples = {validation.num_samples}, but validation.shards hold "
                 f"{len(validation_index)} samples: lower it or add shards"
             )
+    _check_run_folder(config, process)  # last: what is refused leaves no folder behind
     return Checked(architecture, index, validation_index)
 
 

@@ -15,6 +15,7 @@ from soar_mega.training import saving
 from tests.distributed.harness import run_ranks
 from tests.runs import (
     Tiny,
+    assert_nothing_written,
     assert_same_state,
     assert_weights,
     checkpoint,
@@ -152,11 +153,10 @@ def change_layout(tiny: Tiny, folder: Path) -> None:
     """Tensor parallel 2; from its step 3 data parallel 2."""
     train(Layout("soar", 2, False).config(tiny, folder / "tensor"))
     stopped = checkpoint(folder / "tensor", STOP)
-    config = Layout("soar", 1, True).config(
-        tiny, folder / "data", f"checkpoint.resume={stopped}", "train.micro_batch_size=2"
-    )
-    resume_and_save(config, stopped)
-    train(config)
+    second = Layout("soar", 1, True, micro=2)
+    run_dir = folder / "data"
+    resume_and_save(second.config(tiny, run_dir, f"checkpoint.resume={stopped}"), stopped)
+    train(second.config(tiny, run_dir, "checkpoint.resume=latest"))
 
 
 def on_two(tiny: Tiny, folder: Path, layouts: list[Layout]) -> None:
@@ -178,16 +178,11 @@ def test_two_processes(tiny: Tiny, tmp_path: Path) -> None:
     # Weights, EMA and moments stay the same bits when they are cut in another way.
     stopped = checkpoint(tmp_path / "tensor", STOP)
     assert_same_state(checkpoint(tmp_path / "data", STOP), stopped)
-    single = tiny.config(
-        "soar",
-        tmp_path / "single",
-        *overrides(tiny),
-        f"checkpoint.resume={checkpoint(tmp_path / 'data', STOP)}",
-        "train.micro_batch_size=8",
-    )
-    resume_and_save(single, stopped)
-    assert_same_state(checkpoint(tmp_path / "single", STOP), stopped)
-    train(single)
+    alone, more = tmp_path / "single", (*overrides(tiny), "train.micro_batch_size=8")
+    resume = f"checkpoint.resume={checkpoint(tmp_path / 'data', STOP)}"
+    resume_and_save(tiny.config("soar", alone, *more, resume), stopped)
+    assert_same_state(checkpoint(alone, STOP), stopped)
+    train(tiny.config("soar", alone, *more, "checkpoint.resume=latest"))
     for other in ("data", "single"):
         expected = losses(tmp_path / "tensor")[STOP:]
         assert losses(tmp_path / other) == pytest.approx(expected, rel=1e-5, abs=0)
@@ -302,7 +297,34 @@ def test_another_run_is_refused(
     message = capsys.readouterr().err
     for word in [f"error: checkpoint.resume = {source}: ", *words, "model.init_from"]:
         assert word in message
-    assert not (tmp_path / "run").exists()
+    assert_nothing_written(tmp_path / "run")
+
+
+def test_another_run_s_checkpoint_is_refused_where_there_are_own_ones(
+    tiny: Tiny, tmp_path: Path, unbroken: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The metrics and checkpoints of two runs would mix."""
+    copy_checkpoint(checkpoint(unbroken["sft"], STEPS), tmp_path)
+    source = checkpoint(unbroken["sft"], STOP)
+    resume = f"checkpoint.resume={source}"
+    assert command(tiny.arguments("sft", tmp_path, *overrides(tiny), resume)) == 78
+    message = capsys.readouterr().err
+    for word in (str(source), f"run.dir = {tmp_path}", "another run", "model.init_from"):
+        assert word in message
+    assert store.latest(tmp_path / "checkpoints") == checkpoint(tmp_path, STEPS)
+
+
+def test_going_back_does_steps_again(tiny: Tiny, tmp_path: Path, unbroken: dict[str, Path]) -> None:
+    """From an earlier checkpoint of the run itself: a later one is not taken for the newest."""
+    for step in (STOP, STEPS):
+        copy_checkpoint(checkpoint(unbroken["sft"], step), tmp_path)
+    arguments = tiny.arguments("sft", tmp_path, *overrides(tiny))
+    with killed_in_step(STOP + 1):
+        command([*arguments, f"checkpoint.resume={checkpoint(tmp_path, STOP)}"])
+    assert store.latest(tmp_path / "checkpoints") == checkpoint(tmp_path, STOP)
+    assert command([*arguments, "checkpoint.resume=latest"]) == 0
+    assert_same_state(checkpoint(tmp_path, STEPS), checkpoint(unbroken["sft"], STEPS))
+    assert metrics(tmp_path) == metrics(unbroken["sft"])[STOP:]
 
 
 def test_more_steps_and_another_rate_are_the_same_run(

@@ -12,7 +12,16 @@ from pathlib import Path
 import pytest
 
 from soar_mega.config import load_config
-from tests.runs import REPOSITORY, Tiny, checkpoint, command, losses, metrics, trainer_record
+from tests.runs import (
+    REPOSITORY,
+    Tiny,
+    assert_nothing_written,
+    checkpoint,
+    command,
+    losses,
+    metrics,
+    trainer_record,
+)
 
 PLAIN_LINE = re.compile(
     r"step (\d)/2  loss \d+\.\d{4}  grad_norm \d+\.\d{2}  lr \S+  \d+\.\d samples/s  eta \d+:\d\d"
@@ -109,7 +118,7 @@ def test_plain_lines(how: str, typed: dict[str, tuple[Path, str]]) -> None:
     processes = "2 process(es), tensor parallel 2" if how == "torchrun" else "1 process(es)"
     assert processes in lines[0] and str(folder) in lines[0]
     assert lines[-1] == f"checkpoint: {checkpoint(folder, 2)}"
-    assert len(lines) == 4
+    assert len(lines) == len(set(lines))
 
 
 def test_torchrun_trains_the_same(typed: dict[str, tuple[Path, str]]) -> None:
@@ -125,7 +134,7 @@ def test_print_config_loads_back(
     printed.write_text(capsys.readouterr().out)
     assert load_config(printed) == load_config(arguments[0], arguments[1:])
     assert load_config(printed).optimizer.learning_rate == 3e-5
-    assert not (tmp_path / "run").exists()
+    assert_nothing_written(tmp_path / "run")
 
 
 def test_tiny_configs() -> None:
