@@ -140,8 +140,10 @@ def title_of(args: argparse.Namespace) -> str:
         words.append(f"{args.virtual_stages} chunks each")
     words += [f"{args.microbatches} microbatches", args.objective.replace("_", " ")]
     if args.objective == "soar":
-        paths = f"{args.num_rollout_paths} path{'s' * (args.num_rollout_paths > 1)}"
-        words.append(f"{paths} of {args.trajectory_length} auxiliary states")
+        paths, states = args.num_rollout_paths, args.trajectory_length
+        words.append(
+            f"{paths} path{'s' * (paths > 1)} of {states} auxiliary state{'s' * (states != 1)}"
+        )
     return ", ".join(words)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import soar_mega
 from soar_mega.launch.environment import ProcessEnvironment
+from soar_mega.telemetry.files import put_aside
 
 FILE_NAME = "env.json"
 PACKAGES = (
@@ -49,7 +50,7 @@ def write_environment(
     process: ProcessEnvironment,
     command: Sequence[str] | None = None,
 ) -> Path:
-    """Write ``<run_dir>/env.json``; only one process of a run may.
+    """Write ``<run_dir>/env.json``, an earlier start's being kept; only one process of a run may.
 
     Args:
         run_dir: Folder of the run; made if missing.
@@ -74,6 +75,7 @@ def write_environment(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    put_aside(path)
     partial.replace(path)
     return path
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
+from soar_mega.passes import Pass
 from soar_mega.pipeline.actions import Action, Kind, Step
 
 
@@ -29,19 +31,13 @@ def entry_order(step: Step) -> list[Trip]:
     microbatch 0 can enter as soon as its own hand-over is there, and few microbatches are under way
     at a time.
     """
-    first, *rest = (p for p in step.passes if not p.after)
-    all_microbatches = range(step.microbatches)
 
-    def trips(passes: Sequence[object]) -> list[Trip]:
-        return [
-            Trip(p.name, microbatch, p.grad)
-            for microbatch in all_microbatches
-            for p in step.passes
-            if p in passes
-        ]
+    def trips(passes: Iterable[Pass]) -> list[Trip]:
+        return [Trip(p.name, m, p.grad) for m, p in product(range(step.microbatches), passes)]
 
-    base = trips([first, *(p for p in rest if p.grad)])
-    prefix = trips([p for p in rest if not p.grad])
+    early = [p for p in step.passes if not p.after]
+    base = trips([p for p in early if p.grad])
+    prefix = trips([p for p in early if not p.grad])
     return [base[0], *prefix, *base[1:], *trips([p for p in step.passes if p.after])]
 
 

@@ -196,19 +196,23 @@ class _Picture:
 
     def legend(self, top: float) -> None:
         """Passes in the first row; kinds of action, and marks, in the second."""
-        names = list(self.colours)
-        if len(names) > 16:
-            middle = [name for name in names[8:-4] if name]
-            names = [name for name in names if name not in middle]
-        self.entries([([self.colours[name]], name) for name in names], top)
+        passes = [([colour], name) for name, colour in self.colours.items()]
+        if len(passes) > 16:
+            passes[8:-4] = [([], "...")]
+        self.entries(passes, top)
         kinds = {e.action.kind for rank in self.timeline.ranks for e in self.timeline.compute(rank)}
-        shown = [BASE, ROLLOUTS[0], *AUX[:2]]
-        rows = [
-            ([mix(c, *SHADES[kind]) for c in shown[: None if kind is Kind.FORWARD else 4]], kind)
-            for kind in SHADES
+        graded = [BASE, *AUX[:2]]
+        entries = [
+            (
+                [
+                    mix(colour, *shade)
+                    for colour in (graded if kind is not Kind.FORWARD else [ROLLOUTS[0], *graded])
+                ],
+                kind.replace("_", " "),
+            )
+            for kind, shade in SHADES.items()
             if kind in kinds
         ]
-        entries = [(colours, kind.replace("_", " ")) for colours, kind in rows]
         end = self.entries([*entries, ([KEPT], "microbatches kept")], top + 20)
         if self.bound is not None:
             self.canvas.line(end, top + 20, end + 12, top + 20, BOUND)
@@ -228,10 +232,11 @@ class _Picture:
         """Coloured boxes with their words; returns where the next entry could begin."""
         x = LEFT
         for colours, words in entries:
-            for at, colour in enumerate(colours):
-                width = 12 / len(colours) if len(colours) == 1 else 6.0
-                self.canvas.rect(x + at * width, y - 5, width, 11, colour)
-            x += (12 if len(colours) == 1 else 6 * len(colours)) + 5
+            width = 12.0 if len(colours) == 1 else 6.0
+            for colour in colours:
+                self.canvas.rect(x, y - 5, width, 11, colour)
+                x += width
+            x += 5
             self.canvas.text(x, y, words, 11, INK)
             x += LETTER * 11 * len(words) + 16
         return x

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from soar_mega.telemetry.files import put_aside
+
 FILE_NAME = "metrics.jsonl"
 
 
@@ -42,7 +44,7 @@ class MetricsWriter:
         self.last_step = resume_step
         if self.path.exists() and self.path.stat().st_size:
             if resume_step == 0:
-                _put_aside(self.path)
+                put_aside(self.path)
             else:
                 os.truncate(self.path, _length_up_to(self.path, resume_step))
         self._file = self.path.open("a", encoding="utf-8", newline="\n")
@@ -136,11 +138,3 @@ def _length_up_to(path: Path, last_step: int) -> int:
                 break
             length += len(raw)
     return length
-
-
-def _put_aside(path: Path) -> None:
-    """Rename the file to the first free ``metrics.<n>.jsonl``."""
-    number = 1
-    while (target := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
-        number += 1
-    path.rename(target)

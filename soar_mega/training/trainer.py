@@ -15,6 +15,7 @@ from soar_mega.config import Config, ConfigError, dump_yaml
 from soar_mega.launch.environment import ProcessEnvironment
 from soar_mega.launch.provenance import write_environment
 from soar_mega.parallel.layout import parameter_layouts
+from soar_mega.telemetry.files import put_aside
 from soar_mega.telemetry.flops import (
     forward_flops,
     known_peak_tflops,
@@ -90,7 +91,10 @@ class _Reporter:
             return
         folder = Path(config.run.dir)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.resolved.yaml").write_text(dump_yaml(config))
+        resolved = folder / "config.resolved.yaml"
+        if not resolved.exists() or resolved.read_text() != dump_yaml(config):
+            put_aside(resolved)
+            resolved.write_text(dump_yaml(config))
         write_environment(folder, process)
         self._writer = MetricsWriter(folder, run.done_steps)
         self._tracker = open_tracker(
