@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shlex
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -27,7 +29,7 @@ def main() -> None:
     arguments = vars(parser.parse_args())
     repeats, steps, out = (arguments.pop(key) for key in ("repeats", "steps", "out"))
     record = compare(Case(**arguments), repeats, steps, print)
-    record["command"] = " ".join(["python", *sys.argv])
+    record["command"] = shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
     print(f"peak memory growth: {record['memory_ratio']:.2f} of the plain loop's")
     print(f"speed: {record['speedup']:.2f} times the plain loop's")
     if out is not None:

@@ -22,7 +22,7 @@ from soar_mega.rng import keyed_normal_slice
 
 
 def initialise(stage: MMDiTStage, seed: int) -> None:
-    """Fill every parameter and the position table of ``stage`` in place."""
+    """Fill every parameter of ``stage``, and the position table if it has it, in place."""
     fan_in = {
         name.rpartition(".")[0]: layout_of(parameter).global_shape[-1]
         for name, parameter in stage.named_parameters()
@@ -40,7 +40,8 @@ def initialise(stage: MMDiTStage, seed: int) -> None:
             )
             deviation = 1.0 / math.sqrt(3.0 * fan_in[name.rpartition(".")[0]])
             parameter.copy_(draw.view(parameter.shape) * deviation)
-        stage.patch_embed.position.copy_(position_table(stage.config))
+        if stage.is_first:
+            stage.patch_embed.position.copy_(position_table(stage.config))
 
 
 def position_table(config: MMDiTConfig) -> Tensor:

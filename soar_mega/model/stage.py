@@ -1,4 +1,4 @@
-"""``MMDiTStage``: the slice of an MMDiT that one process owns, from its inputs to its outputs.
+"""``MMDiTStage``: the contiguous slice of an MMDiT that one pipeline stage owns.
 
 Legend: B rows, C/H/W latent channels, height, width, P patch size, L image tokens, T text tokens,
 D width; ``x_lBD`` is one tensor rank's share of the tokens with sequence parallel, all of them
@@ -18,8 +18,9 @@ from soar_mega.model.block import JointBlock, Modulation
 from soar_mega.model.config import MMDiTConfig
 from soar_mega.model.embeddings import Conditioning, PatchEmbed, TextEmbed, whole_linear
 from soar_mega.model.modulation import modulate, modulation_linear, modulations
+from soar_mega.model.payload import PassSize, Payload, PayloadShapes
 from soar_mega.model.recompute import Recompute, run_block
-from soar_mega.parallel.collectives import gather_tokens
+from soar_mega.parallel.collectives import gather_tokens, padded_length
 from soar_mega.parallel.layout import GradientKind
 from soar_mega.parallel.mesh import Mesh
 from soar_mega.passes import ModelInput
@@ -58,21 +59,37 @@ class Head(nn.Module):
 
 
 class MMDiTStage(nn.Module):
-    """A whole MMDiT on one tensor-parallel group.
+    """A contiguous slice of an MMDiT, on one tensor-parallel group; by default all of it.
+
+    The slice with layer 0 owns the embeddings, the one with the last layer the head. Parameters
+    have the names they have in the whole model. What is called for a pass:
+
+        only stage       ``forward``, which is ``velocity`` of ``embed``
+        first stage      ``run`` of ``embed``
+        stages between   ``run``
+        last stage       ``velocity``
 
     Args:
-        config: The architecture.
+        config: The architecture, of the whole model.
         mesh: Where this process stands; ``config.check_tensor_parallel`` must hold for it.
         backend: Maker of linears, norms and attention.
+        layers: The blocks of this slice; None: all.
         sequence_parallel: Cut the tokens of both streams over the tensor ranks between linears.
         activation_checkpointing: ``none``, ``selective`` (matrix products and attention are kept,
-        the
-            rest computed again) or ``full`` (blocks are computed again); passes without gradient
-            ignore it.
+            the rest computed again) or ``full`` (blocks are computed again); passes without
+            gradient ignore it.
 
     Raises:
-        ValueError: The heads do not divide by the tensor-parallel size.
+        ValueError: The heads do not divide by the tensor-parallel size, or ``layers`` is no slice
+            of the model.
     """
+
+    # Of the first stage only.
+    patch_embed: PatchEmbed
+    text_embed: TextEmbed
+    condition: Conditioning
+    # Of the last stage only.
+    head: Head
 
     def __init__(
         self,
@@ -80,6 +97,7 @@ class MMDiTStage(nn.Module):
         mesh: Mesh,
         backend: Backend,
         *,
+        layers: range | None = None,
         sequence_parallel: bool = False,
         activation_checkpointing: ActivationCheckpointing = "none",
     ) -> None:
@@ -87,40 +105,89 @@ class MMDiTStage(nn.Module):
         config.check_tensor_parallel(mesh.tensor_size)
         sequence_parallel = sequence_parallel and mesh.tensor_size > 1
         self.config, self.mesh, self.sequence_parallel = config, mesh, sequence_parallel
+        self.layers = range(config.num_layers) if layers is None else layers
+        if not 0 <= self.layers.start < self.layers.stop <= config.num_layers or (
+            self.layers.step != 1
+        ):
+            raise ValueError(
+                f"a stage of {self.layers} does not fit: it must hold one or more consecutive "
+                f"layers of the model's {config.num_layers}"
+            )
+        self.is_first = self.layers.start == 0
+        self.is_last = self.layers.stop == config.num_layers
         self.recompute = Recompute(activation_checkpointing)
         parts = (config, mesh, backend, sequence_parallel)
-        self.patch_embed = PatchEmbed(*parts)
-        self.text_embed = TextEmbed(*parts)
-        self.condition = Conditioning(config, mesh, backend)
+        if self.is_first:
+            self.patch_embed = PatchEmbed(*parts)
+            self.text_embed = TextEmbed(*parts)
+            self.condition = Conditioning(config, mesh, backend)
         self.blocks = nn.ModuleDict(
             {
                 str(layer): JointBlock(config, layer, mesh, backend, sequence_parallel)
-                for layer in range(config.num_layers)
+                for layer in self.layers
             }
         )
-        self.head = Head(*parts)
+        if self.is_last:
+            self.head = Head(*parts)
 
     def forward(self, x: ModelInput) -> Tensor:
-        """The velocity ``(B, C, H, W)`` in the compute dtype."""
-        dtype = self.dtype
-        latent_BCHW = x.latent_BCHW.to(dtype)
-        height, width = latent_BCHW.shape[-2:]
-        lengths = Lengths(
-            image=height * width // self.config.patch_size**2, text=x.condition.text_BTE.shape[1]
-        )
-        image_lBD = self.patch_embed(latent_BCHW)
-        text_tBD = self.text_embed(x.condition.text_BTE.to(dtype))
-        conditioning_BD = self.condition(x.timestep_B, x.condition.pooled_BV.to(dtype))
+        """The whole model: the velocity ``(B, C, H, W)`` in the compute dtype."""
+        return self.velocity(self.embed(x), PassSize.of(x))
 
-        blocks: list[JointBlock] = list(self.blocks.values())  # type: ignore[arg-type]
-        linears = [m for b in blocks for m in (b.image_modulation, b.text_modulation)]
-        values = modulations(
-            conditioning_BD,
-            [*linears, self.head.modulation],
+    def embed(self, x: ModelInput) -> Payload:
+        """First stage: what enters its blocks."""
+        dtype = self.dtype
+        return Payload(
+            self.patch_embed(x.latent_BCHW.to(dtype)),
+            self.text_embed(x.condition.text_BTE.to(dtype)),
+            self.condition(x.timestep_B, x.condition.pooled_BV.to(dtype)),
+        )
+
+    def run(self, payload: Payload, size: PassSize) -> Payload:
+        """Every stage but the last: its blocks, to the payload of the next stage."""
+        return self._run_blocks(payload, size, self._modulations(payload))
+
+    def velocity(self, payload: Payload, size: PassSize) -> Tensor:
+        """Last stage: its blocks and the head, to the velocity ``(B, C, H, W)``."""
+        *values, final = self._modulations(payload, self.head.modulation)
+        image_lBD = self._run_blocks(payload, size, values).image_lBD
+        return self.head(image_lBD, final, size.height, size.width)
+
+    def payload_shapes(self, rows: int, height: int, width: int, text_length: int) -> PayloadShapes:
+        """Shapes of a payload of this model, the same between any two stages.
+
+        Args:
+            rows, height, width, text_length: See ``PassSize``.
+        """
+        image_length = height * width // self.config.patch_size**2
+        image, text = (
+            padded_length(length, self.mesh) // self.mesh.tensor_size
+            if self.sequence_parallel
+            else length
+            for length in (image_length, text_length)
+        )
+        D = self.config.width
+        return PayloadShapes((image, rows, D), (text, rows, D), (rows, D))
+
+    def _blocks(self) -> list[JointBlock]:
+        return list(self.blocks.values())  # type: ignore[arg-type]
+
+    def _modulations(self, payload: Payload, *others: nn.Module) -> list[Modulation]:
+        """Of each block the image's and the text's, then of ``others``, by one gather."""
+        linears = [m for b in self._blocks() for m in (b.image_modulation, b.text_modulation)]
+        return modulations(
+            payload.conditioning_BD,
+            [*linears, *others],
             self.mesh,
             sequence_parallel=self.sequence_parallel,
         )
-        for index, block in enumerate(blocks):
+
+    def _run_blocks(self, payload: Payload, size: PassSize, values: list[Modulation]) -> Payload:
+        image_lBD, text_tBD = payload.image_lBD, payload.text_tBD
+        lengths = Lengths(
+            image=size.height * size.width // self.config.patch_size**2, text=size.text_length
+        )
+        for index, block in enumerate(self._blocks()):
             image_lBD, text_tBD = run_block(
                 self.recompute,
                 block,
@@ -130,7 +197,7 @@ class MMDiTStage(nn.Module):
                 values[2 * index + 1],
                 lengths,
             )
-        return self.head(image_lBD, values[-1], height, width)
+        return Payload(image_lBD, text_tBD, payload.conditioning_BD)
 
     @property
     def dtype(self) -> torch.dtype:

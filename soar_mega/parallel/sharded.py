@@ -185,6 +185,7 @@ class _Borrowed:
 
 
 def _add_into_main_grad(parameter: Tensor) -> None:
-    assert parameter.grad is not None
+    if parameter.grad is None:  # the operation added its part itself, as linears do
+        return
     parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
     parameter.grad = None

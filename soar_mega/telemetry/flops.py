@@ -45,16 +45,26 @@ def forward_flops(model: ModelShape, image_tokens: int, text_tokens: int) -> int
         image_tokens: Latent patches, for example 1024 for 512 px.
         text_tokens: CLIP and T5 tokens together, for example 154.
     """
-    width = model.num_attention_heads * model.attention_head_dim
     blocks = sum(
         block_flops(model, layer, image_tokens, text_tokens) for layer in range(model.num_layers)
     )
-    patch = model.patch_size**2
-    embed = 2 * image_tokens * patch * model.in_channels * width
+    return (
+        embedding_flops(model, image_tokens, text_tokens) + blocks + head_flops(model, image_tokens)
+    )
+
+
+def embedding_flops(model: ModelShape, image_tokens: int, text_tokens: int) -> int:
+    """FLOPs of one forward of one sample before the first block."""
+    width = model.num_attention_heads * model.attention_head_dim
+    embed = 2 * image_tokens * model.patch_size**2 * model.in_channels * width
     embed += 2 * text_tokens * model.joint_attention_dim * width
-    embed += 2 * (TIMESTEP_CHANNELS + width + model.pooled_projection_dim + width) * width
-    head = 4 * width**2 + 2 * image_tokens * width * patch * model.out_channels
-    return blocks + embed + head
+    return embed + 2 * (TIMESTEP_CHANNELS + width + model.pooled_projection_dim + width) * width
+
+
+def head_flops(model: ModelShape, image_tokens: int) -> int:
+    """FLOPs of one forward of one sample after the last block."""
+    width = model.num_attention_heads * model.attention_head_dim
+    return 4 * width**2 + 2 * image_tokens * width * model.patch_size**2 * model.out_channels
 
 
 def block_flops(model: ModelShape, layer: int, image_tokens: int, text_tokens: int) -> int:

@@ -46,6 +46,7 @@ class Case:
     latent_size: int = 32
     text_tokens: int = 154
     trajectory_length: int = 6
+    aux_group_size: int = 1
     threads: int = 2
 
     def architecture(self) -> MMDiTConfig:
@@ -91,7 +92,11 @@ def _ours(case: Case) -> Callable[[], None]:
     initialise(stage, 0)
     _shake(stage)
     parameters = ShardedParameters(stage, mesh)
-    settings = SoarConfig(name="soar", trajectory_length=case.trajectory_length)
+    settings = SoarConfig(
+        name="soar",
+        trajectory_length=case.trajectory_length,
+        aux_group_size=case.aux_group_size,
+    )
     objective = make_objective(settings, shift=3.0, seed=0)
     micro = case.microbatch()
 

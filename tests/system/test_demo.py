@@ -47,8 +47,19 @@ def test_short_demo_leaves_what_it_promises(tmp_path: Path) -> None:
 
 def test_a_failing_step_is_named(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tools/demo.py"), "--out", str(tmp_path / "x")]
-    blocked = tmp_path / "x"
-    blocked.write_text("a file where the folder should be")
+    command += ["--set", "pretrain.train.no_such_key=1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "make pictures and a tiny SD3.5" in done.stderr
+    assert "train.no_such_key" in done.stderr
+    assert "the step 'pretrain' failed with exit code" in done.stderr
+
+
+def test_what_no_demo_made_is_left_alone(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tools/demo.py"), "--out", str(tmp_path)]
+    precious = tmp_path / "pretrain" / "precious"
+    precious.parent.mkdir()
+    precious.write_text("mine")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "holds pretrain that no demo made" in done.stderr
+    assert precious.read_text() == "mine"

@@ -209,6 +209,12 @@ def test_metadata_with_a_stranger_inside_is_not_unpickled(tmp_path: Path) -> Non
     size = table.stat().st_size
     evil = pickle.dumps(_Canary(canary))
     table.write_bytes(evil + b"\0" * (size - len(evil)))
+    manifest = json.loads(
+        (path / "manifest.json").read_text()
+    )  # who plants a pickle mends the hash
+    digest = hashlib.sha256(table.read_bytes()).hexdigest()
+    manifest["files"]["state/.metadata"]["sha256"] = digest
+    (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="no part of the checkpoint format"):
         store.load(path, {"w": BoxedTensor.whole(torch.zeros(4))}, Mesh.single())
     with pytest.raises(CheckpointError, match="no part of the checkpoint format"):
