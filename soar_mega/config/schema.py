@@ -58,6 +58,24 @@ class ParallelConfig(Section):
         False,
         description="Cut activations between tensor-parallel layers by token; none at size 1.",
     )
+    pipeline_model_parallel_size: int = Field(
+        1, ge=1, description="Processes that share the layers among them, in stages."
+    )
+    virtual_pipeline_model_parallel_size: int | None = Field(
+        None,
+        ge=1,
+        description="Stages a pipeline rank owns; null: 2 for interleaved_1f1b and zero_bubble_v "
+        "(which takes no other), else 1.",
+    )
+    pipeline_schedule: Literal[
+        "1f1b", "interleaved_1f1b", "zero_bubble", "zero_bubble_v", "sequential"
+    ] = Field("1f1b", description="Order of a step's passes over the stages.")
+    pipeline_layout: Annotated[tuple[int, ...], Field(strict=False)] | None = Field(
+        None, description="Layers of each stage, in model order; null: cut by cost."
+    )
+    distributed_timeout_minutes: float = Field(
+        30.0, gt=0, description="Longest wait for another process before the run ends."
+    )
 
 
 class PrecisionConfig(Section):

@@ -14,22 +14,28 @@ def check_world(config: Config, world_size: int) -> int:
         world_size: Number of processes of the run.
 
     Returns:
-        The data-parallel size: ``world_size / parallel.tensor_model_parallel_size``.
+        The data-parallel size: processes over the tensor- times the pipeline-parallel size.
 
     Raises:
-        ConfigError: The processes do not divide into tensor-parallel groups, or the global batch
-            does not divide into the micro-batches of every data-parallel rank.
+        ConfigError: The processes do not divide into groups that hold a model each, or the global
+            batch does not divide into the micro-batches of every data-parallel rank.
     """
     tensor = config.parallel.tensor_model_parallel_size
-    if world_size % tensor:
+    pipeline = config.parallel.pipeline_model_parallel_size
+    model = tensor * pipeline
+    if world_size % model:
         works = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
-        near = [n for n in (world_size // tensor * tensor, -(-world_size // tensor) * tensor) if n]
+        near = [n for n in (world_size // model * model, -(-world_size // model) * model) if n]
+        settings, what = f"parallel.tensor_model_parallel_size = {tensor}", "a size"
+        if pipeline > 1:
+            settings += f" times parallel.pipeline_model_parallel_size = {pipeline}, {model},"
+            what = "a product"
         raise ConfigError(
-            f"parallel.tensor_model_parallel_size = {tensor} must divide the number of processes, "
-            f"which is {world_size}; use a size of {works}, or start "
+            f"{settings} must divide the number of processes, "
+            f"which is {world_size}; use {what} of {works}, or start "
             f"{' or '.join(map(str, near))} processes"
         )
-    data = world_size // tensor
+    data = world_size // model
     total, micro = config.train.global_batch_size, config.train.micro_batch_size
     unit = data * micro
     if total % unit:
@@ -40,9 +46,12 @@ def check_world(config: Config, world_size: int) -> int:
             sizes = [n for n in range(1, share + 1) if share % n == 0]
             best = min(sizes, key=lambda n: abs(n - micro))
             fix += f", or train.micro_batch_size = {best}"
+        divided = f"parallel.tensor_model_parallel_size {tensor}"
+        if pipeline > 1:
+            divided += f" / parallel.pipeline_model_parallel_size {pipeline}"
         raise ConfigError(
             f"train.global_batch_size = {total} must be a multiple of {unit} = data-parallel size "
-            f"{data} (processes {world_size} / parallel.tensor_model_parallel_size {tensor}) x "
+            f"{data} (processes {world_size} / {divided}) x "
             f"train.micro_batch_size {micro}; {fix}"
         )
     return data
