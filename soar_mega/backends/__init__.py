@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from torch import Tensor, nn
 
 from soar_mega.parallel.layout import ParameterLayout
 from soar_mega.parallel.mesh import Mesh
+
+
+# Weight gradients left undone by a backward, in its order; each entry does a part of them.
+WeightWork = list[Callable[[], None]]
 
 
 class Backend(Protocol):
@@ -42,3 +48,11 @@ class Backend(Protocol):
 
     def attention(self, q_LBHd: Tensor, k_SBHd: Tensor, v_SBHd: Tensor) -> Tensor:
         """Full softmax attention; returns ``(L, B, H * d)``."""
+
+    def hold_weight_gradients(self) -> AbstractContextManager[WeightWork]:
+        """Context in which a backward leaves the linears' weight gradients undone.
+
+        What it yields is then the work that is left, to be run in order, once. Only parameters
+        with a ``main_grad`` take part; the others, and the small ones of norms and of biases that
+        join after a sum, get their gradients at once.
+        """

@@ -7,12 +7,16 @@ tensor rank's share of the tokens.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from soar_mega.backends import WeightWork
 from soar_mega.parallel.collectives import (
     copy_to_tensor_ranks,
     gather_tokens,
@@ -23,60 +27,91 @@ from soar_mega.parallel.layout import ParameterLayout, new_parameter
 from soar_mega.parallel.mesh import Mesh
 
 
+class _WeightGradients:
+    """Does weight gradients at once, or holds them for later."""
+
+    def __init__(self) -> None:
+        self._held: WeightWork | None = None
+
+    @contextmanager
+    def hold(self) -> Iterator[WeightWork]:
+        self._held = held = []
+        try:
+            yield held
+        finally:
+            self._held = None
+
+    def do(self, work: Callable[[], None]) -> None:
+        if self._held is None:
+            work()
+        else:
+            self._held.append(work)
+
+
+def _add_gradients(x: Tensor, grad: Tensor, weight: Any, bias: Any) -> None:
+    """Add a linear layer's weight and bias gradients into their ``main_grad``."""
+    grad_NO, x_ND = grad.flatten(0, -2), x.flatten(0, -2)
+    if weight.main_grad.dtype == grad.dtype:
+        weight.main_grad.addmm_(grad_NO.t(), x_ND)
+    else:
+        weight.main_grad.add_(grad_NO.t() @ x_ND)
+    if bias is not None:
+        bias.main_grad.add_(grad_NO.sum(dim=0))
+
+
 class _AddingLinear(torch.autograd.Function):
-    """A linear layer whose backward adds the weight gradient into ``main_grad`` at once.
+    """A linear layer whose backward adds the weight gradient into ``main_grad``, now or later.
 
     The plain way makes the whole gradient as a new tensor first and adds it after. Autograd gets no
     gradient of these parameters, so those without ``main_grad`` take the plain way.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gradients: _WeightGradients
+    ) -> Tensor:
         ctx.save_for_backward(x)
         # Not saved as tensors: recomputation would hand back copies without main_grad.
-        ctx.weight, ctx.bias = weight, bias
+        ctx.weight, ctx.bias, ctx.gradients = weight, bias, gradients
         return F.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
         (x,) = ctx.saved_tensors
-        grad_NO, x_ND = grad.flatten(0, -2), x.flatten(0, -2)
-        if ctx.weight.main_grad.dtype == grad.dtype:
-            ctx.weight.main_grad.addmm_(grad_NO.t(), x_ND)
-        else:
-            ctx.weight.main_grad.add_(grad_NO.t() @ x_ND)
-        if ctx.bias is not None:
-            ctx.bias.main_grad.add_(grad_NO.sum(dim=0))
-        return grad @ ctx.weight if ctx.needs_input_grad[0] else None, None, None
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if hasattr(weight, "main_grad") and torch.is_grad_enabled():
-        result: Tensor = _AddingLinear.apply(x, weight, bias)
-        return result
-    return F.linear(x, weight, bias)
+        ctx.gradients.do(partial(_add_gradients, x, grad, ctx.weight, ctx.bias))
+        return grad @ ctx.weight if ctx.needs_input_grad[0] else None, None, None, None
 
 
 class _Linear(nn.Module):
     """Local rows and columns of a linear layer, no communication."""
 
-    def __init__(self, weight: ParameterLayout, bias: ParameterLayout, mesh: Mesh) -> None:
+    def __init__(
+        self,
+        weight: ParameterLayout,
+        bias: ParameterLayout,
+        mesh: Mesh,
+        gradients: _WeightGradients,
+    ) -> None:
         super().__init__()
-        self.mesh = mesh
+        self.mesh, self.gradients = mesh, gradients
         self.weight = new_parameter(weight, mesh)
         self.weight.data = self.weight.data.flatten(0, -2)
         self.bias = new_parameter(bias, mesh)
         self.bias.data = self.bias.data.flatten()
 
     def forward(self, x: Tensor) -> Tensor:
-        return _linear(x, self.weight, self.bias)
+        return self._product(x, self.bias)
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if hasattr(self.weight, "main_grad") and torch.is_grad_enabled():
+            result: Tensor = _AddingLinear.apply(x, self.weight, bias, self.gradients)
+            return result
+        return F.linear(x, self.weight, bias)
 
 
 class _ColumnLinear(_Linear):
-    def __init__(
-        self, weight: ParameterLayout, bias: ParameterLayout, mesh: Mesh, sequence_parallel: bool
-    ) -> None:
-        super().__init__(weight, bias, mesh)
+    def __init__(self, *parts: Any, sequence_parallel: bool) -> None:
+        super().__init__(*parts)
         self.enter = gather_tokens if sequence_parallel else copy_to_tensor_ranks
 
     def forward(self, x_lBD: Tensor) -> Tensor:
@@ -84,17 +119,15 @@ class _ColumnLinear(_Linear):
 
 
 class _RowLinear(_Linear):
-    def __init__(
-        self, weight: ParameterLayout, bias: ParameterLayout, mesh: Mesh, sequence_parallel: bool
-    ) -> None:
-        super().__init__(weight, bias, mesh)
+    def __init__(self, *parts: Any, sequence_parallel: bool) -> None:
+        super().__init__(*parts)
         self.leave = reduce_scatter_tokens if sequence_parallel else reduce_from_tensor_ranks
 
     def forward(self, x_LBD: Tensor) -> Tensor:
         if self.mesh.tensor_size == 1:
             return super().forward(x_LBD)
         # The bias joins after the sum, once.
-        return self.leave(_linear(x_LBD, self.weight, None), self.mesh) + self.bias
+        return self.leave(self._product(x_LBD, None), self.mesh) + self.bias
 
 
 class _ExactRMSNorm(torch.autograd.Function):
@@ -138,18 +171,26 @@ class TorchBackend:
 
     name = "torch"
 
+    def __init__(self) -> None:
+        self._gradients = _WeightGradients()
+
+    def hold_weight_gradients(self) -> AbstractContextManager[WeightWork]:
+        return self._gradients.hold()
+
     def column_linear(
         self, weight: ParameterLayout, bias: ParameterLayout, mesh: Mesh, *, sequence_parallel: bool
     ) -> nn.Module:
-        return _ColumnLinear(weight, bias, mesh, sequence_parallel)
+        parts = (weight, bias, mesh, self._gradients)
+        return _ColumnLinear(*parts, sequence_parallel=sequence_parallel)
 
     def row_linear(
         self, weight: ParameterLayout, bias: ParameterLayout, mesh: Mesh, *, sequence_parallel: bool
     ) -> nn.Module:
-        return _RowLinear(weight, bias, mesh, sequence_parallel)
+        parts = (weight, bias, mesh, self._gradients)
+        return _RowLinear(*parts, sequence_parallel=sequence_parallel)
 
     def linear(self, weight: ParameterLayout, bias: ParameterLayout, mesh: Mesh) -> nn.Module:
-        return _Linear(weight, bias, mesh)
+        return _Linear(weight, bias, mesh, self._gradients)
 
     def rms_norm(self, weight: ParameterLayout, mesh: Mesh, eps: float) -> nn.Module:
         return _RMSNorm(weight, mesh, eps)

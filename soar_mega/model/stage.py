@@ -7,12 +7,13 @@ without.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from soar_mega.backends import Backend
+from soar_mega.backends import Backend, WeightWork
 from soar_mega.model.attention import NORM_EPS, Lengths
 from soar_mega.model.block import JointBlock, Modulation
 from soar_mega.model.config import MMDiTConfig
@@ -105,6 +106,7 @@ class MMDiTStage(nn.Module):
         config.check_tensor_parallel(mesh.tensor_size)
         sequence_parallel = sequence_parallel and mesh.tensor_size > 1
         self.config, self.mesh, self.sequence_parallel = config, mesh, sequence_parallel
+        self._backend = backend
         self.layers = range(config.num_layers) if layers is None else layers
         if not 0 <= self.layers.start < self.layers.stop <= config.num_layers or (
             self.layers.step != 1
@@ -168,6 +170,10 @@ class MMDiTStage(nn.Module):
         )
         D = self.config.width
         return PayloadShapes((image, rows, D), (text, rows, D), (rows, D))
+
+    def hold_weight_gradients(self) -> AbstractContextManager[WeightWork]:
+        """Context of a backward that leaves weight gradients for later: see ``Backend``."""
+        return self._backend.hold_weight_gradients()
 
     def _blocks(self) -> list[JointBlock]:
         return list(self.blocks.values())  # type: ignore[arg-type]

@@ -66,7 +66,11 @@ class Mesh:
 
     def pipeline_peer(self, pipeline_rank: int) -> int:
         """World rank of the process that owns other stages of this one's tensor slice."""
-        return _rank_of(self, self.tensor_rank, self.data_rank, pipeline_rank)
+        return self.rank_at(self.tensor_rank, self.data_rank, pipeline_rank)
+
+    def rank_at(self, tensor_rank: int, data_rank: int, pipeline_rank: int) -> int:
+        """World rank of the process with these coordinates."""
+        return (pipeline_rank * self.data_size + data_rank) * self.tensor_size + tensor_rank
 
     @staticmethod
     def single(device: torch.device | str = "cpu") -> Mesh:
@@ -144,10 +148,6 @@ def own_groups(
     return own
 
 
-def _rank_of(mesh: Mesh, tensor: int, data: int, pipeline: int) -> int:
-    return (pipeline * mesh.data_size + data) * mesh.tensor_size + tensor
-
-
 def _with_groups(mesh: Mesh) -> Mesh:
     """The mesh with a group for each of its dimensions; every rank calls it."""
     T, D, P = range(mesh.tensor_size), range(mesh.data_size), range(mesh.pipeline_size)
@@ -156,7 +156,7 @@ def _with_groups(mesh: Mesh) -> Mesh:
         return next(iter(own_groups(enumerate(every), mesh.rank, mesh.timeout).values()), None)
 
     def ranks(tensor: Iterable[int], data: Iterable[int], pipeline: Iterable[int]) -> list[int]:
-        return [_rank_of(mesh, t, d, p) for p, d, t in product(pipeline, data, tensor)]
+        return [mesh.rank_at(t, d, p) for p, d, t in product(pipeline, data, tensor)]
 
     tensor = group([ranks(T, [d], [p]) for d, p in product(D, P)])
     data = group([ranks([t], D, [p]) for t, p in product(T, P)])

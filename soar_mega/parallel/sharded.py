@@ -1,12 +1,11 @@
 """Sharded data parallel: flat buffers, one gather of parameters and one reduction of gradients a
 step.
 
-All parameters of a stage lie in one flat buffer in the compute dtype, their gradients in one flat
-fp32 buffer (``main_grad``) that every backward adds into. After the step's last backward the
-gradients are reduce-scattered over the data-parallel ranks; each rank owns one contiguous share of
-the
-buffer: fp32 master weights, optimizer state and EMA exist only there. ``publish`` gathers the
-updated weights.
+All parameters of a process, of one pipeline stage or several, lie in one flat buffer in the compute
+dtype, their gradients in one flat fp32 buffer (``main_grad``) that every backward adds into. After
+the step's last backward the gradients are reduce-scattered over the data-parallel ranks; each rank
+owns one contiguous share of the buffer: fp32 master weights, optimizer state and EMA exist only
+there. ``publish`` gathers the updated weights.
 
 The buffer holds sharded parameters first, then replicated, then partial ones (see ParameterLayout),
 so that the sum over tensor ranks and the gradient norm work on contiguous ranges.
@@ -14,7 +13,7 @@ so that the sum over tensor ranks and the gradient norm work on contiguous range
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -48,10 +47,11 @@ class Fragment:
 
 
 class ShardedParameters:
-    """The flat buffers of one model stage.
+    """The flat buffers of everything a process owns of the model.
 
     Args:
-        module: Its parameters are moved into the flat buffer (they become views of it).
+        modules: Their parameters, whose names must differ, are moved into the flat buffer (they
+            become views of it).
         mesh: Where this process stands.
         dtype: Compute dtype of the parameters; the master share is at least fp32.
         reduce_dtype: Dtype in which gradients travel between data-parallel ranks.
@@ -59,7 +59,7 @@ class ShardedParameters:
 
     def __init__(
         self,
-        module: nn.Module,
+        modules: Iterable[nn.Module],
         mesh: Mesh,
         dtype: torch.dtype = torch.float32,
         reduce_dtype: torch.dtype = torch.float32,
@@ -69,7 +69,8 @@ class ShardedParameters:
         self.reduce_dtype = reduce_dtype
         self.master_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self._parameters = sorted(
-            module.named_parameters(), key=lambda item: _ORDER[layout_of(item[1]).gradient]
+            (item for module in modules for item in module.named_parameters()),
+            key=lambda item: _ORDER[layout_of(item[1]).gradient],
         )
         self._start: dict[str, int] = {}
         self._range = {kind: (0, 0) for kind in _ORDER}

@@ -131,8 +131,8 @@ class Step:
 
     Attributes:
         placement: Which rank owns which stage.
-        passes: As the objective declares them; the first is a pass with gradient that waits for
-            nothing. All passes that wait for others wait for the same ones.
+        passes: As the objective declares them; the first waits for nothing. All passes that wait
+            for others wait for the same ones.
         microbatches: M, microbatches of the step on this data-parallel rank.
     """
 
@@ -149,8 +149,8 @@ class Step:
             )
         if not names or len(set(names)) < len(names):
             raise ValueError(f"passes {names}: at least one is needed and names must be unique")
-        if not self.passes[0].grad or self.passes[0].after:
-            raise ValueError(f"the first pass, {names[0]}, must have a gradient and wait for none")
+        if self.passes[0].after:
+            raise ValueError(f"the first pass, {names[0]}, must wait for none")
         waited = {p.after for p in self.passes if p.after}
         if len(waited) > 1 or any(self.by_name[name].after for name in self.awaited if name):
             raise ValueError(

@@ -13,14 +13,25 @@ from soar_mega.passes import Pass
 from soar_mega.pipeline.actions import Action, Placement, Schedule, Step
 from soar_mega.pipeline.schedules_interleaved import interleaved, most_live
 from soar_mega.pipeline.schedules_links import link
-from soar_mega.pipeline.schedules_trips import entry_order, one_forward_one_backward
+from soar_mega.pipeline.schedules_planner import forwards_only
+from soar_mega.pipeline.schedules_trips import (
+    depth_first,
+    entry_order,
+    one_forward_one_backward,
+)
 from soar_mega.pipeline.zero_bubble import zero_bubble, zero_bubble_v
 
 Builder = Callable[[Step], list[list[Action]]]
 
 
 def one_f_one_b(step: Step) -> list[list[Action]]:
-    """1F1B over all passes at once: P - r warm-up forwards with gradient on rank r."""
+    """1F1B over all passes at once: P - r warm-up forwards with gradient on rank r.
+
+    One rank goes microbatch by microbatch, each backward right behind its forward, so that never
+    more than one pass is alive.
+    """
+    if step.placement.ranks == 1:
+        return [depth_first(step)]
     trips, ranks = entry_order(step), step.placement.ranks
     return [one_forward_one_backward(trips, ranks - rank) for rank in range(ranks)]
 
@@ -109,7 +120,16 @@ def build_schedule(
         ValueError: No such schedule, the wrong number of chunks, or passes no schedule can order.
     """
     chunks = virtual_stages(name, virtual)
+    if passes and not passes[0].grad:
+        raise ValueError(f"the first pass, {passes[0].name}, must have a gradient")
     step = Step(Placement(ranks, chunks, name == "zero_bubble_v"), tuple(passes), microbatches)
     bound = live_bound(name, ranks, chunks, max(p.states for p in passes if p.grad))
     actions = link(step, BUILDERS[name](step), flush=name == "sequential")
     return Schedule(name, step, tuple(tuple(rank) for rank in actions), bound)
+
+
+def build_forwards(placement: Placement, microbatches: int) -> Schedule:
+    """A schedule of one forward of each microbatch, without gradient: validation and sampling."""
+    step = Step(placement, (Pass("forward", "forward", grad=False),), microbatches)
+    actions = link(step, forwards_only(step), flush=False)
+    return Schedule("forward", step, tuple(tuple(rank) for rank in actions), Fraction(0))

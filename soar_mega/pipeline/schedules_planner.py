@@ -117,3 +117,16 @@ class Planner:
             self.weights[stage] += 1
         self.left -= TICKS[kind]
         self.orders[rank].append(trip.action(kind, chunk))
+
+
+def forwards_only(step: Step) -> list[list[Action]]:
+    """Orders of a step without gradients: whatever is ready, what is nearest to the end first."""
+    trips = [Trip(p.name, m, p.grad) for m in range(step.microbatches) for p in step.passes]
+
+    def policy(plan: Planner, rank: int) -> Choice | None:
+        ready = (c for c, stage in enumerate(plan.stages[rank]) if plan.can_forward(stage))
+        return max(((Kind.FORWARD, chunk) for chunk in ready), default=None)
+
+    planner = Planner(step, trips)
+    planner.run(policy, planner.enough)
+    return planner.orders

@@ -54,3 +54,14 @@ def one_forward_one_backward(trips: Sequence[Trip], warm_up: int) -> list[Action
             forwards += 1
         out.append(trip.action(Kind.FORWARD))
     return out + [trip.action(Kind.BACKWARD) for trip in graded[backwards:]]
+
+
+def depth_first(step: Step) -> list[Action]:
+    """For one rank of one chunk: all passes of a microbatch, each followed by its backward."""
+    out = []
+    for microbatch, p in product(range(step.microbatches), step.passes):
+        trip = Trip(p.name, microbatch, p.grad)
+        out.append(trip.action(Kind.FORWARD))
+        if p.grad:
+            out.append(trip.action(Kind.BACKWARD))
+    return out

@@ -91,7 +91,7 @@ def _ours(case: Case) -> Callable[[], None]:
     stage = MMDiTStage(case.architecture(), mesh, TorchBackend())
     initialise(stage, 0)
     _shake(stage)
-    parameters = ShardedParameters(stage, mesh)
+    parameters = ShardedParameters([stage], mesh)
     settings = SoarConfig(
         name="soar",
         trajectory_length=case.trajectory_length,

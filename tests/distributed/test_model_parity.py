@@ -51,7 +51,7 @@ def build(
         whole = global_tensor(name, layout.global_shape).double()
         parameter.data.copy_(whole[local_slice(layout, mesh)].reshape(parameter.shape))
     stage.patch_embed.position.copy_(global_tensor("position", stage.patch_embed.position.shape))
-    return stage, ShardedParameters(stage, mesh, torch.float64, torch.float64)
+    return stage, ShardedParameters([stage], mesh, torch.float64, torch.float64)
 
 
 def inputs(rows: int, text_length: int) -> tuple[ModelInput, torch.Tensor]:

@@ -50,7 +50,7 @@ def soar_gradient(device: str, dtype: torch.dtype) -> torch.Tensor:
     mesh = Mesh.single(device)
     stage = MMDiTStage(CASE.architecture(), mesh, TorchBackend())
     initialise(stage, 0)
-    parameters = ShardedParameters(stage, mesh, dtype)
+    parameters = ShardedParameters([stage], mesh, dtype)
     objective = make_objective(SoarConfig(name="soar"), shift=3.0, seed=0)
     micro = on(CASE.microbatch(), device)
     normaliser = objective.normaliser(objective.count(micro)).to(device)

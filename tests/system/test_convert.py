@@ -64,7 +64,7 @@ def new_stage(folder: Path) -> MMDiTStage:
 
 def as_tensors(stage: MMDiTStage, mesh: Mesh) -> dict[str, BoxedTensor]:
     """A training state: plain weights as they are, an EMA one higher."""
-    sharded = ShardedParameters(stage, mesh)
+    sharded = ShardedParameters([stage], mesh)
     average = sharded.master_shard + 1
     tensors = {store.MODEL + "patch_embed.position": BoxedTensor.whole(stage.patch_embed.position)}
     for piece in sharded.fragments():

@@ -125,7 +125,7 @@ def assert_same_gradients(
 def test_every_cut_gives_the_whole_models_loss_and_gradients(variant: str) -> None:
     config = configuration(variant)
     whole = build(config)
-    ShardedParameters(whole, Mesh.single(), torch.float64)
+    ShardedParameters([whole], Mesh.single(), torch.float64)
     x, target = inputs()
     expected_velocity, _ = run_pipeline([whole], x, target)
     assert torch.equal(whole(x), expected_velocity)
@@ -134,7 +134,7 @@ def test_every_cut_gives_the_whole_models_loss_and_gradients(variant: str) -> No
     for cut in all_cuts(config.num_layers):
         stages = [build(config, layers) for layers in cut]
         for stage in stages:
-            ShardedParameters(stage, Mesh.single(), torch.float64)
+            ShardedParameters([stage], Mesh.single(), torch.float64)
         velocity, _ = run_pipeline(stages, x, target)
         assert torch.equal(velocity, expected_velocity), cut
         assert_same_gradients(main_gradients(stages), expected)
@@ -159,7 +159,7 @@ def test_recompute_inside_stages_changes_nothing(recompute: str) -> None:
     for kind in ("none", recompute):
         stages = [build(config, layers, kind) for layers in cut]
         for stage in stages:
-            ShardedParameters(stage, Mesh.single(), torch.float64)
+            ShardedParameters([stage], Mesh.single(), torch.float64)
         velocity, _ = run_pipeline(stages, x, target)
         results.append((velocity, main_gradients(stages)))
     (expected_velocity, expected), (velocity, gradients) = results
