@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(error, EXIT_CONFIG_ERROR)
     # torch and the model libraries take seconds to import; a typo is told before.
     from soar_mega.data.index import DataError
+    from soar_mega.parallel.errors import PeerError
     from soar_mega.training.step import NotFiniteError
     from soar_mega.training.trainer import train
 
@@ -52,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(error, EXIT_CONFIG_ERROR)
     except NotFiniteError as error:
         return _fail(error, EXIT_DO_NOT_RESTART)
+    except PeerError as error:  # each rank names what it was waiting for
+        return _fail(error, 1, everywhere=True)
     except DataError as error:  # one rank's sample: the others have not heard of it
         return _fail(error, 1, everywhere=True)
     return 0

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +85,10 @@ class Tiny:
         return load_config(path, rest)
 
 
-def make_small_tiny(folder: Path) -> Tiny:
+def make_small_tiny(folder: Path, layers: int = SIZES.num_layers) -> Tiny:
     """Write the folder; a few seconds."""
-    make_tiny(folder, train_pictures=TRAIN, held_out_pictures=HELD_OUT, sizes=SIZES)
+    sizes = replace(SIZES, num_layers=layers)
+    make_tiny(folder, train_pictures=TRAIN, held_out_pictures=HELD_OUT, sizes=sizes)
     scenes = digits.training_scenes(FEW, 1)
     pictures = digits.draw_many(scenes, digits.load_scans("generator"), 1)
     write_shards(folder / "shards", "few", scenes, pictures, pictures_per_shard=FEW // 2)
@@ -180,9 +181,10 @@ def assert_same_state(left: Path, right: Path) -> None:
 
 def assert_weights(run: Run, tensors: dict[str, Tensor], kind: str) -> None:
     """The model computes with these global tensors, bit for bit."""
-    for name, parameter in run.stepper.stage.named_parameters():
-        own = tensors[f"{kind}.{name}"][local_slice(layout_of(parameter), run.mesh)]
-        assert torch.equal(parameter.data, own.reshape(parameter.shape)), name
+    for stage in run.stepper.stages:
+        for name, parameter in stage.named_parameters():
+            own = tensors[f"{kind}.{name}"][local_slice(layout_of(parameter), run.mesh)]
+            assert torch.equal(parameter.data, own.reshape(parameter.shape)), name
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from soar_mega.data.encoders import FrozenEncoders
 from soar_mega.model.config import MMDiTConfig
 from soar_mega.model.stage import MMDiTStage
 from soar_mega.parallel.mesh import Mesh
-from soar_mega.sampling.generate import generate, start_noise
+from soar_mega.sampling.generate import generate, one_by_one, start_noise
 from soar_mega.sampling.pictures import grid, to_pictures
 
 _EPILOG = """\
@@ -100,7 +100,7 @@ def _draw(args: argparse.Namespace, prompts: list[str]) -> None:
     config = MMDiTConfig.from_diffusers(record["transformer"])
     encoders = FrozenEncoders.load(base, device=mesh.device, dtype=dtype)
     model = MMDiTStage(config, mesh, TorchBackend()).to(dtype).eval()
-    load_weights(args.model, model, mesh, args.weights)
+    load_weights(args.model, [model], mesh, args.weights)
 
     factor = encoders.downsampling
     height, width = (
@@ -116,7 +116,7 @@ def _draw(args: argparse.Namespace, prompts: list[str]) -> None:
     tokens = args.max_sequence_length or record.get("max_sequence_length", min(256, limit))
     seeds = [args.seed + number for number in range(len(prompts))]
     latents_BCHW = generate(
-        model,
+        one_by_one(model),
         encoders.encode_prompts(prompts, tokens),
         encoders.encode_prompts([""], tokens),
         Path(base) / "scheduler",

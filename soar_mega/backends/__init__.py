@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from soar_mega.parallel.layout import ParameterLayout
 from soar_mega.parallel.mesh import Mesh
 
-
 # Weight gradients left undone by a backward, in its order; each entry does a part of them.
 WeightWork = list[Callable[[], None]]
 

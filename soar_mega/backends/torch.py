@@ -35,7 +35,8 @@ class _WeightGradients:
 
     @contextmanager
     def hold(self) -> Iterator[WeightWork]:
-        self._held = held = []
+        held: WeightWork = []
+        self._held = held
         try:
             yield held
         finally:
@@ -48,6 +49,7 @@ class _WeightGradients:
             self._held.append(work)
 
 
+@torch.no_grad()  # also where it runs later, outside a backward
 def _add_gradients(x: Tensor, grad: Tensor, weight: Any, bias: Any) -> None:
     """Add a linear layer's weight and bias gradients into their ``main_grad``."""
     grad_NO, x_ND = grad.flatten(0, -2), x.flatten(0, -2)

@@ -6,6 +6,7 @@ Each rank reads its own slices, tensor by tensor.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,43 +64,46 @@ def read_transformer_config(folder: Path | str) -> dict[str, Any]:
     return config
 
 
-def load_diffusers_transformer(folder: Path | str, module: nn.Module, mesh: Mesh) -> None:
-    """Fill a stage's parameters and position table from a diffusers folder, in place.
+def load_diffusers_transformer(
+    folder: Path | str, modules: Sequence[nn.Module], mesh: Mesh
+) -> None:
+    """Fill stages' parameters and position table from a diffusers folder, in place.
 
     The position table is taken over bit for bit, in the file's dtype.
 
     Args:
         folder: A diffusers pipeline folder or a transformer alone; one file or shards.
-        module: An ``MMDiTStage``; every parameter carries its layout.
+        modules: The ``MMDiTStage``s of this process; every parameter carries its layout.
         mesh: This process: which slices it needs.
 
     Raises:
         CheckpointError: No diffusers folder; keys missing, unexpected or wrongly shaped (all are
-            listed); another architecture than the module's. Nothing is changed then.
+            listed); another architecture than the modules'. Nothing is changed then.
     """
     config = MMDiTConfig.from_diffusers(read_transformer_config(folder))
     files = SafetensorsFolder(transformer_folder(folder))
     check_keys(config, files.shapes, str(files.folder))
     table = mapping(config)
-    _check_fit(module, {name: entry.shape for name, entry in table.items()}, str(folder))
+    _check_fit(modules, {name: entry.shape for name, entry in table.items()}, str(folder))
     with torch.no_grad():
-        for name, parameter in module.named_parameters():
+        for name, parameter in _parameters(modules):
             region = local_slice(layout_of(parameter), mesh)
             local = table[name].to_ours(files.read, region)
             parameter.copy_(local.reshape(parameter.shape))
-    if POSITION in dict(module.named_buffers()):
-        position = table[POSITION].to_ours(files.read).to(mesh.device)
-        _set_buffer(module, POSITION, position)
+    for module in modules:
+        if POSITION in dict(module.named_buffers()):
+            position = table[POSITION].to_ours(files.read).to(mesh.device)
+            _set_buffer(module, POSITION, position)
 
 
 def load_checkpoint_weights(
-    path: Path | str, module: nn.Module, mesh: Mesh, weights: Weights = "ema"
+    path: Path | str, modules: Sequence[nn.Module], mesh: Mesh, weights: Weights = "ema"
 ) -> dict[str, Any]:
-    """Fill a stage's parameters and position table from a checkpoint of ours, in place.
+    """Fill stages' parameters and position table from a checkpoint of ours, in place.
 
     Args:
         path: A committed checkpoint, of any layout.
-        module: An ``MMDiTStage`` of the same architecture.
+        modules: This process's ``MMDiTStage``s, of the same architecture.
         mesh: This process among all; every rank calls it.
         weights: ``ema`` or ``plain``.
 
@@ -112,27 +116,28 @@ def load_checkpoint_weights(
     prefix = store.EMA if weights == "ema" else store.MODEL
     wanted: dict[str, BoxedTensor] = {}
     # Stored in fp32; cast to the parameter's dtype while it is copied in.
-    for name, parameter in module.named_parameters():
+    for name, parameter in _parameters(modules):
         whole = parameter.data.view(-1)
         wanted[prefix + name] = BoxedTensor.from_range(
             layout_of(parameter), mesh, 0, whole.numel(), whole
         )
-    buffers = dict(module.named_buffers())
-    if POSITION in buffers:
-        _set_buffer(module, POSITION, torch.empty_like(buffers[POSITION], dtype=torch.float32))
-        position = module.get_buffer(POSITION)
-        wanted[store.MODEL + POSITION] = BoxedTensor.whole(position)
+    for module in modules:
+        buffers = dict(module.named_buffers())
+        if POSITION in buffers:
+            _set_buffer(module, POSITION, torch.empty_like(buffers[POSITION], dtype=torch.float32))
+            position = module.get_buffer(POSITION)
+            wanted[store.MODEL + POSITION] = BoxedTensor.whole(position)
     return store.load(path, wanted, mesh)
 
 
 def load_weights(
-    source: Path | str, module: nn.Module, mesh: Mesh, weights: Weights = "ema"
+    source: Path | str, modules: Sequence[nn.Module], mesh: Mesh, weights: Weights = "ema"
 ) -> dict[str, Any] | None:
-    """Fill a stage from what ``model.init_from`` may name; every rank calls it.
+    """Fill stages from what ``model.init_from`` may name; every rank calls it.
 
     Args:
         source: A run folder (its newest checkpoint), a checkpoint, or a diffusers folder.
-        module, mesh, weights: See ``load_checkpoint_weights``; a diffusers folder has one kind.
+        modules, mesh, weights: See ``load_checkpoint_weights``; a diffusers folder has one kind.
 
     Returns:
         The checkpoint's ``trainer.json`` with its folder as ``checkpoint``; None for a diffusers
@@ -143,9 +148,9 @@ def load_weights(
     """
     found = on_rank_0(mesh, lambda: find_weights(source), f"cannot take weights from {source}")
     if found is None:
-        load_diffusers_transformer(source, module, mesh)
+        load_diffusers_transformer(source, modules, mesh)
         return None
-    return {**load_checkpoint_weights(found, module, mesh, weights), "checkpoint": str(found)}
+    return {**load_checkpoint_weights(found, modules, mesh, weights), "checkpoint": str(found)}
 
 
 def find_weights(source: Path | str) -> Path | None:
@@ -162,8 +167,14 @@ def find_weights(source: Path | str) -> Path | None:
     return store.find(source)
 
 
-def _check_fit(module: nn.Module, shapes: dict[str, tuple[int, ...]], where: str) -> None:
-    layouts = {name: layout_of(parameter) for name, parameter in module.named_parameters()}
+def _parameters(modules: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+    return (item for module in modules for item in module.named_parameters())
+
+
+def _check_fit(
+    modules: Sequence[nn.Module], shapes: dict[str, tuple[int, ...]], where: str
+) -> None:
+    layouts = {name: layout_of(parameter) for name, parameter in _parameters(modules)}
     unknown = [name for name in layouts if name not in shapes]
     wrong = [
         f"{name}: {shapes[name]} in the folder, {layout.global_shape} in the model"

@@ -180,6 +180,11 @@ class LoggingConfig(Section):
     peak_tflops: float | None = Field(
         None, gt=0, description="Peak TFLOP/s of one device, for MFU; null: looked up."
     )
+    timeline_step: int | None = Field(
+        None,
+        ge=1,
+        description="Step whose pipeline actions are timed, to <run.dir>/timeline; null: none.",
+    )
     timestep_bins: int = Field(10, ge=1, description="Bins of the training loss by noise level.")
 
 

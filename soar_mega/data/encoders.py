@@ -227,6 +227,10 @@ class FrozenEncoders:
         return torch.cat(means), torch.cat(logvars)
 
     @torch.no_grad()
+    def text_tokens(self, max_sequence_length: int) -> int:
+        """Tokens of an encoded prompt: those of a CLIP and of T5, one after the other."""
+        return int(self.tokenizers[0].model_max_length) + max_sequence_length
+
     def encode_prompts(self, prompts: Sequence[str], max_sequence_length: int) -> TextCondition:
         """What ``StableDiffusion3Pipeline.encode_prompt`` gives for these prompts.
 

@@ -1,8 +1,9 @@
 """All microbatches of a step, at once and before any pass starts.
 
-A data-parallel rank owns a contiguous block of the global batch's slots. Its tensor-parallel peers
-need the same numbers, so each reads, decodes and encodes a contiguous share of what is missing and
-they exchange the results; every peer takes every row from the exchange, so all hold the same bits.
+A data-parallel rank owns a contiguous block of the global batch's slots. The ranks that hold one
+model together (tensor and pipeline parallel) need the same numbers, so each reads, decodes and
+encodes a contiguous share of what is missing and they exchange the results; every peer takes every
+row from the exchange, so all hold the same bits.
 Threads read and decode the next step's pictures while this one trains; encoding runs in the
 caller's thread. What a step holds is a function of (seed, step) only: prefetched work that is not
 asked for is thrown away, and there is no position to save.
@@ -149,10 +150,10 @@ class StepLoader:
     def load(self, step: int) -> list[MicroBatch]:
         """The microbatches of this rank's slots of ``step``, in slot order, on the mesh's device.
 
-        A collective over the tensor-parallel peers: all call it for the same steps.
+        A collective over the ranks of one model: all call it for the same steps.
 
         Raises:
-            DataError: A sample cannot be read or decoded (on this rank or a tensor-parallel peer).
+            DataError: A sample cannot be read or decoded (on this rank or another of its model).
         """
         plan = self._next_plan
         if plan is None or plan.step != step:
@@ -213,9 +214,9 @@ class StepLoader:
         return _Plan(step, slots_B, pictures_B.tolist())
 
     def _share(self, count: int) -> slice:
-        """This tensor rank's contiguous share of ``count`` rows; the last ones may be shorter."""
-        size = -(-count // self._mesh.tensor_size)
-        return slice(self._mesh.tensor_rank * size, (self._mesh.tensor_rank + 1) * size)
+        """This rank's contiguous share of ``count`` rows; the last ones may be shorter."""
+        size = -(-count // self._mesh.model_size)
+        return slice(self._mesh.model_rank * size, (self._mesh.model_rank + 1) * size)
 
     def _jobs(self, missing: list[int]) -> list[tuple[int, bool]]:
         """(picture, pixels wanted): own share in full, of the rest the captions only, which tell
@@ -291,22 +292,22 @@ class StepLoader:
         encoded.row_of_picture.update(zip(missing, encoded.posterior.append(all_RCHW), strict=True))
 
     def _agree(self, failure: DataError | None, step: int) -> None:
-        """Raise on all tensor-parallel peers if one of them failed: the others would wait for its
+        """Raise on all ranks of a model if one of them failed: the others would wait for its
         rows forever."""
-        if self._mesh.tensor_group is None:
+        if self._mesh.model_group is None:
             if failure is not None:
                 raise failure
             return
         device = self._mesh.device
         own_1 = torch.tensor([failure is not None], dtype=torch.uint8, device=device)
-        all_P = torch.empty(self._mesh.tensor_size, dtype=torch.uint8, device=device)
-        all_gather_into(all_P, own_1, group=self._mesh.tensor_group)
+        all_P = torch.empty(self._mesh.model_size, dtype=torch.uint8, device=device)
+        all_gather_into(all_P, own_1, group=self._mesh.model_group)
         if failure is not None:
             raise failure
         failed = all_P.nonzero().flatten().tolist()
         if failed:
             raise DataError(
-                f"step {step}: tensor-parallel rank {failed[0]} of data-parallel rank "
+                f"step {step}: model-parallel rank {failed[0]} of data-parallel rank "
                 f"{self._mesh.data_rank} could not read its share of the batch; see its message."
             )
 
@@ -315,16 +316,16 @@ class StepLoader:
 
         Sent as bytes: no backend then needs to know the type, and no bit changes.
         """
-        if self._mesh.tensor_group is None:
+        if self._mesh.model_group is None:
             return own_R
-        size = -(-total // self._mesh.tensor_size)
+        size = -(-total // self._mesh.model_size)
         part_R = like.new_zeros(size, *like.shape)
         part_R[: len(own_R)] = own_R
-        all_R = like.new_empty(size * self._mesh.tensor_size, *like.shape)
+        all_R = like.new_empty(size * self._mesh.model_size, *like.shape)
         all_gather_into(
             all_R.view(-1).view(torch.uint8),
             part_R.view(-1).view(torch.uint8),
-            group=self._mesh.tensor_group,
+            group=self._mesh.model_group,
         )
         return all_R[:total]
 

@@ -19,7 +19,13 @@ from torch import Tensor
 from soar_mega.passes import ModelInput, TextCondition
 from soar_mega.rng import Purpose, normal
 
-ModelFunction = Callable[[ModelInput], Tensor]
+# Velocities of several inputs: together, so that a pipeline's stages all have something to do.
+ModelFunction = Callable[[Sequence[ModelInput]], Sequence[Tensor]]
+
+
+def one_by_one(model: Callable[[ModelInput], Tensor]) -> ModelFunction:
+    """A whole model on one rank as a ``ModelFunction``."""
+    return lambda inputs: [model(x) for x in inputs]
 
 
 def start_noise(
@@ -52,8 +58,9 @@ def generate(
     """Denoise latents as ``StableDiffusion3Pipeline`` does, with classifier-free guidance.
 
     Args:
-        model: The velocity of a ``ModelInput``, for example an ``MMDiTStage``; with tensor
-            parallelism every rank calls ``generate`` with the same arguments.
+        model: Velocities of several inputs: a ``Pipeline``'s ``forward_everywhere``, or
+            ``one_by_one`` of an ``MMDiTStage``; every rank that holds a part of the model calls
+            ``generate`` with the same arguments.
         prompts: Condition of each picture, B rows.
         empty: Condition of the empty prompt, one row.
         scheduler_folder: A folder with ``scheduler_config.json``, for example a diffusers model's
@@ -61,7 +68,7 @@ def generate(
         latents_BCHW: What to start from, fp32, on the model's device: see ``start_noise``.
         num_inference_steps: Steps from noise to picture.
         guidance_scale: Strength of the prompt; at most 1 means no guidance and no empty pass.
-        batch_size: Pictures at a time; None: all at once.
+        batch_size: Pictures of one pass through the model; None: all.
 
     Returns:
         Clean latents (B, C, H, W), fp32, scaled and shifted as the model sees them.
@@ -80,22 +87,30 @@ def generate(
     size = count if batch_size is None else batch_size
     if size < 1:
         raise ValueError(f"batch size is {size}: it must be at least 1")
-    done = []
-    for start in range(0, count, size):
-        part = slice(start, start + size)
-        condition = TextCondition(prompts.text_BTE[part], prompts.pooled_BV[part])
-        done.append(
-            _denoise(
-                model,
-                condition,
-                empty,
-                _scheduler(scheduler_folder),
-                latents_BCHW[part].float(),
-                num_inference_steps,
-                guidance_scale,
+    parts = [slice(start, start + size) for start in range(0, count, size)]
+    scheduler = _scheduler(scheduler_folder)
+    scheduler.set_timesteps(num_inference_steps, device=latents_BCHW.device)
+    latents_BCHW = latents_BCHW.float()
+    for timestep in scheduler.timesteps:
+        inputs = []
+        for part in parts:
+            latent_BCHW = latents_BCHW[part]
+            rows = len(latent_BCHW)
+            timestep_B = timestep.to(latent_BCHW.dtype).expand(rows)
+            wanted = TextCondition(prompts.text_BTE[part], prompts.pooled_BV[part])
+            nothing = TextCondition(
+                empty.text_BTE.expand(rows, -1, -1), empty.pooled_BV.expand(rows, -1)
             )
-        )
-    return torch.cat(done)
+            conditions = [wanted, nothing] if guidance_scale > 1 else [wanted]
+            inputs += [ModelInput(latent_BCHW, timestep_B, c) for c in conditions]
+        velocities = [v.float() for v in model(inputs)]
+        if guidance_scale > 1:
+            pairs = zip(velocities[::2], velocities[1::2], strict=True)
+            velocities = [free + guidance_scale * (v - free) for v, free in pairs]
+        latents_BCHW = scheduler.step(
+            torch.cat(velocities), timestep, latents_BCHW, return_dict=False
+        )[0]
+    return latents_BCHW
 
 
 def _scheduler(folder: Path | str) -> Any:
@@ -110,25 +125,3 @@ def _scheduler(folder: Path | str) -> Any:
             "a FlowMatchEulerDiscreteScheduler with a fixed shift is supported"
         )
     return FlowMatchEulerDiscreteScheduler.from_config(config)
-
-
-def _denoise(
-    model: ModelFunction,
-    prompts: TextCondition,
-    empty: TextCondition,
-    scheduler: Any,
-    latent_BCHW: Tensor,
-    steps: int,
-    guidance: float,
-) -> Tensor:
-    rows = len(latent_BCHW)
-    nothing = TextCondition(empty.text_BTE.expand(rows, -1, -1), empty.pooled_BV.expand(rows, -1))
-    scheduler.set_timesteps(steps, device=latent_BCHW.device)
-    for timestep in scheduler.timesteps:
-        timestep_B = timestep.to(latent_BCHW.dtype).expand(rows)
-        velocity_BCHW = model(ModelInput(latent_BCHW, timestep_B, prompts)).float()
-        if guidance > 1:
-            free_BCHW = model(ModelInput(latent_BCHW, timestep_B, nothing)).float()
-            velocity_BCHW = free_BCHW + guidance * (velocity_BCHW - free_BCHW)
-        latent_BCHW = scheduler.step(velocity_BCHW, timestep, latent_BCHW, return_dict=False)[0]
-    return latent_BCHW

@@ -31,7 +31,8 @@ from soar_mega.parallel.layout import parameter_layouts
 from soar_mega.parallel.mesh import Mesh
 from soar_mega.parallel.sharded import ShardedParameters
 from soar_mega.passes import MicroBatch, TextCondition
-from soar_mega.pipeline.executor import run_microbatches
+from soar_mega.pipeline.engine import Pipeline
+from soar_mega.pipeline.schedules import build_schedule
 
 
 @dataclass(frozen=True)
@@ -98,12 +99,14 @@ def _ours(case: Case) -> Callable[[], None]:
         aux_group_size=case.aux_group_size,
     )
     objective = make_objective(settings, shift=3.0, seed=0)
+    schedule = build_schedule("1f1b", objective.passes(), ranks=1, microbatches=1)
+    pipeline = Pipeline([stage], mesh, schedule)
     micro = case.microbatch()
 
     def step() -> None:
         parameters.zero_gradients()
         normaliser = objective.normaliser(objective.count(micro))
-        run_microbatches(stage, objective, [micro], normaliser)
+        pipeline.train_step(objective, [micro], normaliser)
 
     return step
 

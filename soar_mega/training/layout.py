@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from soar_mega.config import Config, ConfigError
+from soar_mega.config import Config
 from soar_mega.config.world import check_world
 from soar_mega.model.config import MMDiTConfig
 from soar_mega.pipeline.schedules import virtual_stages
@@ -61,12 +61,6 @@ def check_layout(config: Config, architecture: MMDiTConfig, world_size: int) -> 
     data_size = check_world(config, world_size)
     architecture.check_tensor_parallel(parallel.tensor_model_parallel_size)
     virtual = _virtual(config)
-    if parallel.pipeline_model_parallel_size == 1 and virtual > 1:
-        raise ConfigError(
-            f"parallel.pipeline_schedule = {parallel.pipeline_schedule} makes {virtual} stages a "
-            "rank, but parallel.pipeline_model_parallel_size = 1 is no pipeline, which has 1: make "
-            "the size 2 or more, or the schedule 1f1b"
-        )
     stages = parallel.pipeline_model_parallel_size * virtual
     check_stages(architecture.num_layers, stages, virtual)
     if parallel.pipeline_layout is not None:

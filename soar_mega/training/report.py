@@ -1,7 +1,7 @@
 """Loss metrics of a step: global sums over global counts, the same for every layout.
 
-Every loss term is kept by (state, slot of the global batch); data-parallel ranks fill in their
-slots, and all ranks sum the whole table in one order, in fp64.
+Every loss term is kept by (state, slot of the global batch); the ranks of the last pipeline stage
+fill in their slots, and all ranks sum the whole table in one order, in fp64.
 
 Legend: K auxiliary states, G slots of the global batch, B samples of a microbatch.
 """
@@ -14,13 +14,32 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from soar_mega.parallel.errors import waiting_for
 from soar_mega.parallel.mesh import Mesh
 from soar_mega.passes import LossTerms, MicroBatch
+
+
+def fill_together(table: Tensor, mesh: Mesh, *, owns_last: bool) -> Tensor:
+    """The sum of a table over the data-parallel ranks, each of whom filled in its own cells.
+
+    Args:
+        table: The same shape on every rank; what a rank without the last stage holds is ignored.
+        mesh: This process among all; every rank calls it.
+        owns_last: Whether this rank has the last pipeline stage, and with it something to tell.
+    """
+    if mesh.world_group is not None:
+        # Tensor peers have the same numbers: one of them tells.
+        if not owns_last or mesh.tensor_rank != 0:
+            table = torch.zeros_like(table)
+        with waiting_for("every other process, to sum losses"):
+            dist.all_reduce(table, group=mesh.world_group)
+    return table
 
 
 def loss_metrics(
     terms: Sequence[LossTerms],
     microbatches: Sequence[MicroBatch],
+    num_states: int,
     global_batch_size: int,
     lambda_aux: float,
     bins: int,
@@ -29,7 +48,9 @@ def loss_metrics(
     """The ``train/*`` metrics of one step.
 
     Args:
-        terms, microbatches: What this rank ran, in step.
+        terms: Of the microbatches this rank ran; none if it has not the last stage.
+        microbatches: Of this rank.
+        num_states: K.
         global_batch_size: G.
         lambda_aux: Weight of auxiliary terms in the total (0 where the objective has none).
         bins: Equal bins of the base state's noise level; ``train/loss_t_bin_<k>`` is the base loss
@@ -38,10 +59,10 @@ def loss_metrics(
     Returns:
         Plain numbers, equal on every rank.
     """
-    K = terms[0].aux_KB.shape[0]
+    K = num_states
     # Rows: base value, base count, sigma, K auxiliary values, K auxiliary counts.
     table = torch.zeros(3 + 2 * K, global_batch_size, dtype=torch.float64, device=mesh.device)
-    for term, micro in zip(terms, microbatches, strict=True):
+    for term, micro in zip(terms, microbatches, strict=bool(terms)):
         rows = torch.cat(
             [
                 torch.stack([term.base_B, term.base_counted_B, term.sigma_B.double()]),
@@ -50,9 +71,7 @@ def loss_metrics(
             ]
         )
         table[:, micro.slots_B.to(mesh.device)] = rows
-    if mesh.data_group is not None:
-        dist.all_reduce(table, group=mesh.data_group)
-    table = table.cpu()
+    table = fill_together(table, mesh, owns_last=bool(terms)).cpu()
     base, base_count, sigma = table[0], table[1], table[2]
     aux, aux_count = table[3 : 3 + K], table[3 + K :]
 

@@ -35,8 +35,11 @@ def _tensors(stepper: Stepper) -> dict[str, BoxedTensor]:
             pieces[prefix + piece.name] = BoxedTensor.from_range(
                 piece.layout, mesh, piece.start, piece.stop, shard[own]
             )
-    position = stepper.stage.patch_embed.position
-    pieces[store.MODEL + _POSITION] = BoxedTensor.whole(position, contribute=mesh.rank == 0)
+    for stage in stepper.stages:
+        if stage.is_first:
+            table = stage.patch_embed.position
+            first = mesh.data_rank == mesh.tensor_rank == 0
+            pieces[store.MODEL + _POSITION] = BoxedTensor.whole(table, contribute=first)
     return pieces
 
 
@@ -49,7 +52,7 @@ def save(stepper: Stepper, step: int, lineage: Mapping[str, Any], data_fingerpri
         "model": {
             # Absolute, so that converters find it from any working directory.
             "pretrained": str(Path(config.model.pretrained).resolve()),
-            "transformer": stepper.stage.config.to_diffusers(),
+            "transformer": stepper.architecture.to_diffusers(),
             "max_sequence_length": config.data.max_sequence_length,
         },
         "run": _identity(config, data_fingerprint),

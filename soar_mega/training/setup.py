@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -33,13 +34,19 @@ from soar_mega.model.stage import MMDiTStage
 from soar_mega.objectives import make_objective
 from soar_mega.parallel.mesh import Mesh
 from soar_mega.parallel.sharded import ShardedParameters
+from soar_mega.pipeline.actions import Placement
+from soar_mega.pipeline.engine import Pipeline
+from soar_mega.pipeline.schedules import build_schedule
 from soar_mega.training import saving
+from soar_mega.training.layout import check_layout, cut_model
 from soar_mega.training.step import Stepper
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Of every collective: longer than the slowest thing one rank may do while the others wait, which is
-# writing or hashing its part of a checkpoint.
-_TIMEOUT = timedelta(minutes=30)
+
+
+def timeout_of(config: Config) -> timedelta:
+    """Longest wait for another process."""
+    return timedelta(minutes=config.parallel.distributed_timeout_minutes)
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ def check(config: Config, process: ProcessEnvironment) -> Checked:
     check_world(config, process.world_size)
     check_folder(config.model.pretrained)
     architecture = MMDiTConfig.from_diffusers(read_transformer_config(config.model.pretrained))
-    architecture.check_tensor_parallel(config.parallel.tensor_model_parallel_size)
+    check_layout(config, architecture, process.world_size)
     _check_resolution(config.data.resolution, architecture)
     index = build_index(_patterns(config.data.shards))
     validation = config.validation
@@ -128,7 +135,7 @@ def device_of(config: Config, process: ProcessEnvironment) -> torch.device:
     return torch.device("cuda", process.local_rank)
 
 
-def start_processes(process: ProcessEnvironment, device: torch.device) -> None:
+def start_processes(process: ProcessEnvironment, device: torch.device, timeout: timedelta) -> None:
     """Join the default process group where there is more than one process."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -140,7 +147,7 @@ def start_processes(process: ProcessEnvironment, device: torch.device) -> None:
         "nccl" if device.type == "cuda" else "gloo",
         rank=process.rank,
         world_size=process.world_size,
-        timeout=_TIMEOUT,
+        timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
 
@@ -168,28 +175,37 @@ class Run:
 
 def build(config: Config, checked: Checked, device: torch.device) -> Run:
     """Model, weights, optimizer and data of a run; every rank calls it."""
-    mesh = Mesh.build(config.parallel.tensor_model_parallel_size, device, _TIMEOUT)
+    parallel = config.parallel
+    mesh = Mesh.build(
+        parallel.tensor_model_parallel_size,
+        device,
+        timeout_of(config),
+        parallel.pipeline_model_parallel_size,
+    )
     path = saving.find(config, mesh)
-    stage = MMDiTStage(
-        checked.architecture,
-        mesh,
-        TorchBackend(),
-        sequence_parallel=config.parallel.sequence_parallel,
-        activation_checkpointing=config.train.activation_checkpointing,
-    )
-    lineage = {} if path is not None else _starting_weights(config, stage, mesh)
-    parameters = ShardedParameters(
-        stage,
-        mesh,
-        DTYPES[config.precision.compute_dtype],
-        DTYPES[config.precision.grad_reduce_dtype],
-    )
     encoders = FrozenEncoders.load(
         config.model.pretrained, device=device, dtype=DTYPES[config.precision.compute_dtype]
     )
     shift = config.objective.shift if config.objective.shift is not None else encoders.shift
     objective = make_objective(config.objective, shift=shift, seed=config.run.seed)
-    stepper = Stepper(config, mesh, stage, parameters, objective)
+    share = config.train.global_batch_size // mesh.data_size
+    schedule = build_schedule(
+        parallel.pipeline_schedule,
+        objective.passes(),
+        ranks=mesh.pipeline_size,
+        microbatches=share // config.train.micro_batch_size,
+        virtual=parallel.virtual_pipeline_model_parallel_size,
+    )
+    stages = _own_stages(config, checked.architecture, encoders, mesh, schedule.step.placement)
+    lineage = {} if path is not None else _starting_weights(config, stages, mesh)
+    parameters = ShardedParameters(
+        stages,
+        mesh,
+        DTYPES[config.precision.compute_dtype],
+        DTYPES[config.precision.grad_reduce_dtype],
+    )
+    pipeline = Pipeline(stages, mesh, schedule)
+    stepper = Stepper(config, mesh, stages, pipeline, parameters, objective)
     done_steps = 0
     if path is not None:
         done_steps, recorded = saving.resume(stepper, path, checked.index.fingerprint())
@@ -211,11 +227,37 @@ def build(config: Config, checked: Checked, device: torch.device) -> Run:
     return Run(config, mesh, stepper, loader, encoders, checked, done_steps, lineage, resumed=path)
 
 
-def _starting_weights(config: Config, stage: MMDiTStage, mesh: Mesh) -> dict[str, Any]:
-    """Fill the stage by the ``model`` section; returns the lineage to record."""
+def _own_stages(
+    config: Config,
+    architecture: MMDiTConfig,
+    encoders: FrozenEncoders,
+    mesh: Mesh,
+    placement: Placement,
+) -> list[MMDiTStage]:
+    """The stages this rank owns, by chunk, without weights."""
+    _, height, width = encoders.latent_shape(config.data.resolution)
+    image_tokens = height * width // architecture.patch_size**2
+    text_tokens = encoders.text_tokens(config.data.max_sequence_length)
+    cut = cut_model(config, architecture, image_tokens, text_tokens)
+    backend = TorchBackend()
+    return [
+        MMDiTStage(
+            architecture,
+            mesh,
+            backend,
+            layers=cut[placement.stage(mesh.pipeline_rank, chunk)],
+            sequence_parallel=config.parallel.sequence_parallel,
+            activation_checkpointing=config.train.activation_checkpointing,
+        )
+        for chunk in range(placement.chunks)
+    ]
+
+
+def _starting_weights(config: Config, stages: Sequence[MMDiTStage], mesh: Mesh) -> dict[str, Any]:
+    """Fill the stages by the ``model`` section; returns the lineage to record."""
     model = config.model
     if model.init_from is not None:
-        parent = load_weights(model.init_from, stage, mesh, model.init_from_weights)
+        parent = load_weights(model.init_from, stages, mesh, model.init_from_weights)
         if parent is None:
             return {"parent": model.init_from}
         facts = parent["lineage"]
@@ -227,7 +269,8 @@ def _starting_weights(config: Config, stage: MMDiTStage, mesh: Mesh) -> dict[str
             "parent_objective": facts["objective"],
         }
     if model.init == "random":
-        initialise(stage, config.run.seed)
+        for stage in stages:
+            initialise(stage, config.run.seed)
         return {"parent": f"fresh weights, seed {config.run.seed}"}
-    load_diffusers_transformer(model.pretrained, stage, mesh)
+    load_diffusers_transformer(model.pretrained, stages, mesh)
     return {"parent": model.pretrained}

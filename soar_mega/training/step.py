@@ -8,11 +8,14 @@ import torch
 import torch.distributed as dist
 
 from soar_mega.config import Config
+from soar_mega.model.config import MMDiTConfig
 from soar_mega.model.stage import MMDiTStage
+from soar_mega.parallel.errors import waiting_for
 from soar_mega.parallel.mesh import Mesh
 from soar_mega.parallel.sharded import ShardedParameters
 from soar_mega.passes import MicroBatch, Objective
-from soar_mega.pipeline.executor import run_microbatches
+from soar_mega.pipeline.engine import Pipeline
+from soar_mega.pipeline.recorder import Recorder
 from soar_mega.training.optimizer import ShardEMA, ShardOptimizer, learning_rate
 from soar_mega.training.report import loss_metrics
 
@@ -22,48 +25,71 @@ class NotFiniteError(RuntimeError):
 
 
 class Stepper:
-    """Everything that changes in a step, and the step."""
+    """Everything that changes in a step, and the step.
+
+    Args:
+        config, mesh: Of the run.
+        stages: The stages this rank owns, by chunk.
+        pipeline: Runs passes over them.
+        parameters: Theirs.
+        objective: What is trained.
+    """
 
     def __init__(
         self,
         config: Config,
         mesh: Mesh,
-        stage: MMDiTStage,
+        stages: Sequence[MMDiTStage],
+        pipeline: Pipeline,
         parameters: ShardedParameters,
         objective: Objective,
     ) -> None:
-        self.config, self.mesh, self.stage = config, mesh, stage
+        self.config, self.mesh, self.stages, self.pipeline = config, mesh, stages, pipeline
         self.parameters, self.objective = parameters, objective
         self.optimizer = ShardOptimizer(parameters.master_shard, config.optimizer)
         self.ema = ShardEMA(parameters.master_shard, config.train.ema_decay)
         self._lambda_aux = float(getattr(config.objective, "lambda_aux", 0.0))
+        self._num_states = sum(p.states for p in objective.passes() if p.kind == "aux")
 
-    def run(self, step: int, microbatches: Sequence[MicroBatch]) -> dict[str, float]:
+    @property
+    def architecture(self) -> MMDiTConfig:
+        """Of the whole model."""
+        return self.stages[0].config
+
+    def run(
+        self, step: int, microbatches: Sequence[MicroBatch], recorder: Recorder | None = None
+    ) -> dict[str, float]:
         """Train on one global batch.
 
         Args:
             step: From 0.
             microbatches: All of this rank's, pulled before the first pass.
+            recorder: Where to note when each action of the schedule ran.
 
         Returns:
             ``train/*`` and ``optim/*`` metrics, equal on every rank.
 
         Raises:
             NotFiniteError: On every rank alike, before anything was changed.
+            PeerError: Another rank died, hangs or does not answer in time.
         """
         self.parameters.zero_gradients()
         counts = torch.stack([self.objective.count(micro) for micro in microbatches]).sum(dim=0)
         counts = counts.to(self.mesh.device)
         if self.mesh.data_group is not None:
-            dist.all_reduce(counts, group=self.mesh.data_group)
-        terms = run_microbatches(
-            self.stage, self.objective, microbatches, self.objective.normaliser(counts)
+            with waiting_for("data-parallel peers, to count samples"):
+                dist.all_reduce(counts, group=self.mesh.data_group)
+        terms = self.pipeline.train_step(
+            self.objective, microbatches, self.objective.normaliser(counts), recorder
         )
-        gradient = self.parameters.reduce_gradients()
-        norm = self.parameters.gradient_norm(gradient)
+        with waiting_for("data-parallel peers, to sum gradients"):
+            gradient = self.parameters.reduce_gradients()
+        with waiting_for("every other process, to sum the gradient norm"):
+            norm = self.parameters.gradient_norm(gradient)
         metrics = loss_metrics(
             terms,
             microbatches,
+            self._num_states,
             self.config.train.global_batch_size,
             self._lambda_aux,
             self.config.logging.timestep_bins,
@@ -77,7 +103,8 @@ class Stepper:
         gradient.mul_(torch.clamp(limit / (norm + 1e-6), max=1.0).to(gradient.dtype))
         self.optimizer.update(gradient, lr)
         self.ema.update(self.parameters.master_shard, self.optimizer.step)
-        self.parameters.publish()
+        with waiting_for("data-parallel peers, to gather weights"):
+            self.parameters.publish()
         return metrics
 
     def _refuse_non_finite(self, step: int, metrics: dict[str, float]) -> None:

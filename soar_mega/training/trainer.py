@@ -11,10 +11,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from soar_mega.checkpoint.diffusers_map import POSITION, mapping
 from soar_mega.config import Config, ConfigError, dump_yaml
 from soar_mega.launch.environment import ProcessEnvironment
 from soar_mega.launch.provenance import write_environment
-from soar_mega.parallel.layout import parameter_layouts
+from soar_mega.pipeline.recorder import Recorder
+from soar_mega.pipeline.timeline import Timeline
+from soar_mega.pipeline.timeline_picture import draw
+from soar_mega.pipeline.trace import write_trace
 from soar_mega.telemetry.files import put_aside
 from soar_mega.telemetry.flops import (
     forward_flops,
@@ -26,7 +30,14 @@ from soar_mega.telemetry.metrics import MetricsWriter
 from soar_mega.telemetry.progress import Progress
 from soar_mega.telemetry.tracking import NoTracker, Tracker, open_tracker
 from soar_mega.training import saving
-from soar_mega.training.setup import Run, build, check, device_of, start_processes
+from soar_mega.training.setup import (
+    Run,
+    build,
+    check,
+    device_of,
+    start_processes,
+    timeout_of,
+)
 from soar_mega.training.validation import Validation
 
 
@@ -47,7 +58,7 @@ def train(config: Config) -> None:
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch 2.11 asks for it
         torch.use_deterministic_algorithms(True)
-    start_processes(process, device)
+    start_processes(process, device, timeout_of(config))
     _agree(problem)
     assert checked is not None
     try:
@@ -87,9 +98,10 @@ class _Reporter:
         self._writer: MetricsWriter | None = None
         self._progress: Progress | None = None
         self._tracker: Tracker = NoTracker()
+        self._folder: Path | None = None
         if run.mesh.rank != 0:
             return
-        folder = Path(config.run.dir)
+        folder = self._folder = Path(config.run.dir)
         folder.mkdir(parents=True, exist_ok=True)
         resolved = folder / "config.resolved.yaml"
         if not resolved.exists() or resolved.read_text() != dump_yaml(config):
@@ -123,6 +135,18 @@ class _Reporter:
             self._tracker.log_image(step, "val/pictures", path)
             self.note(f"pictures of step {step}: {path}")
 
+    def timeline(self, step: int, timeline: Timeline | None) -> None:
+        """Write a recorded step as data, picture and trace."""
+        if timeline is None or self._folder is None:
+            return
+        path = self._folder / "timeline" / f"step_{step:08d}.json"
+        path.parent.mkdir(exist_ok=True)
+        timeline.save(path)
+        title = f"{timeline.name}, step {step}, bubble {timeline.bubble:.1%}"
+        draw(timeline, path.with_suffix(".svg"), title)
+        write_trace(path.with_suffix(".trace.json"), [timeline])
+        self.note(f"timeline of step {step}: {path.with_suffix('.svg')}")
+
     def close(self) -> None:
         if self._writer is not None and self._progress is not None:
             self._progress.close()
@@ -142,12 +166,17 @@ def _loop(run: Run, process: ProcessEnvironment) -> None:
             began = time.perf_counter()
             microbatches = run.loader.load(step)
             loaded = time.perf_counter()
-            metrics = run.stepper.run(step, microbatches)
+            recorder = None
+            if step + 1 == config.logging.timeline_step:
+                recorder = Recorder(run.mesh.device)
+            metrics = run.stepper.run(step, microbatches, recorder)
             if run.mesh.device.type == "cuda":
                 torch.cuda.synchronize()  # else the update counts as the next step's load
             ended = time.perf_counter()
             metrics |= _speed(run, flops, ended - began, loaded - began)
             done = step + 1
+            if recorder is not None:
+                reporter.timeline(done, run.stepper.pipeline.gather_timeline(recorder))
             if validation.is_due(done):
                 metrics |= validation.losses()
             reporter.step(done, metrics)
@@ -164,11 +193,12 @@ def _loop(run: Run, process: ProcessEnvironment) -> None:
 
 def _announce(run: Run, reporter: _Reporter) -> None:
     mesh, config = run.mesh, run.config
-    layouts = parameter_layouts(run.stepper.stage).values()
-    parameters = sum(math.prod(layout.global_shape) for layout in layouts)
+    table = mapping(run.checked.architecture)
+    parameters = sum(math.prod(entry.shape) for name, entry in table.items() if name != POSITION)
     reporter.note(
         f"{config.objective.name}: {parameters / 1e6:.1f}M parameters on {mesh.world_size} "
-        f"process(es), tensor parallel {mesh.tensor_size}, data parallel {mesh.data_size}; "
+        f"process(es), tensor parallel {mesh.tensor_size}, pipeline parallel "
+        f"{mesh.pipeline_size}, data parallel {mesh.data_size}; "
         f"{len(run.checked.index)} samples; run folder {config.run.dir}"
     )
     ignored = run.checked.index.ignored()

@@ -1,7 +1,7 @@
 """Validation: loss at fixed timesteps with fixed noise, and pictures of fixed prompts and seeds.
 
-Both use the averaged (EMA) weights. The loss is a table over (timestep, sample) that the data-
-parallel ranks fill in together and every rank sums in one order, in fp64.
+Both use the averaged (EMA) weights and the pipeline. The loss is a table over (timestep, sample)
+that the data-parallel ranks fill in together and every rank sums in one order, in fp64.
 
 Legend: S samples, K timesteps, B samples of a batch, C/H/W latent channels, height, width.
 """
@@ -20,6 +20,7 @@ from soar_mega.passes import ModelInput, TextCondition
 from soar_mega.rng import Purpose, normal
 from soar_mega.sampling.generate import generate, start_noise
 from soar_mega.sampling.pictures import grid, to_pictures
+from soar_mega.training.report import fill_together
 from soar_mega.training.setup import Run
 
 
@@ -66,20 +67,25 @@ class Validation:
         sigma_K = shift_sigma(t_K, shift)
         table_KS = torch.zeros(K, S, dtype=torch.float64, device=mesh.device)
         own = torch.arange(mesh.data_rank, S, mesh.data_size)
+        pipeline = run.stepper.pipeline
         with run.stepper.parameters.borrow(run.stepper.ema.shard):
             for samples_B in own.split(run.config.train.micro_batch_size):
-                for k in range(K):
-                    error_B = self._errors(samples_B, float(sigma_K[k]), k)
-                    table_KS[k, samples_B.to(mesh.device)] = error_B
-        if mesh.data_group is not None:
-            dist.all_reduce(table_KS, group=mesh.data_group)
+                cases = [self._case(samples_B, float(sigma_K[k]), k) for k in range(K)]
+                velocities = pipeline.forward([x for x, _ in cases])
+                for k, velocity_BCHW in enumerate(velocities):
+                    error_BCHW = velocity_BCHW.float() - cases[k][1]
+                    table_KS[k, samples_B.to(mesh.device)] = (
+                        error_BCHW.square().mean(dim=(1, 2, 3)).double()
+                    )
+        table_KS = fill_together(table_KS, mesh, owns_last=pipeline.owns_last)
         by_time = table_KS.mean(dim=1).tolist()
         metrics = {"val/loss": sum(by_time) / K}
         for t, value in zip(t_K.tolist(), by_time, strict=True):
             metrics[f"val/loss_t_{round(1000 * t):04d}"] = value
         return metrics
 
-    def _errors(self, samples_B: Tensor, sigma: float, k: int) -> Tensor:
+    def _case(self, samples_B: Tensor, sigma: float, k: int) -> tuple[ModelInput, Tensor]:
+        """The noisy input of some samples, and the velocity that would be right."""
         run = self._run
         assert self._latents_SCHW is not None
         device = run.mesh.device
@@ -97,8 +103,7 @@ class Validation:
         condition = TextCondition(self._captions.text_BTE[rows], self._captions.pooled_BV[rows])
         state_BCHW = (1 - sigma) * clean_BCHW + sigma * noise_BCHW
         timestep_B = torch.full((len(rows),), 1000 * sigma, device=device)
-        velocity_BCHW = run.stepper.stage(ModelInput(state_BCHW, timestep_B, condition)).float()
-        return (velocity_BCHW - (noise_BCHW - clean_BCHW)).square().mean(dim=(1, 2, 3)).double()
+        return ModelInput(state_BCHW, timestep_B, condition), noise_BCHW - clean_BCHW
 
     def pictures(self, step: int) -> Path | None:
         """Draw the prompts; rank 0 writes ``samples/step_<step>/grid.png`` and returns its path."""
@@ -109,7 +114,7 @@ class Validation:
         with run.stepper.parameters.borrow(run.stepper.ema.shard):
             if own:
                 latents_BCHW = generate(
-                    run.stepper.stage,
+                    run.stepper.pipeline.forward_everywhere,
                     TextCondition(self._prompts.text_BTE[own], self._prompts.pooled_BV[own]),
                     run.loader.empty,
                     Path(run.config.model.pretrained) / "scheduler",
@@ -118,12 +123,15 @@ class Validation:
                     guidance_scale=self.settings.guidance_scale,
                     batch_size=run.config.train.micro_batch_size,
                 )
+                # All ranks of a pipeline have the latents: one turns them into pictures.
+                parts_BCHW = latents_BCHW.split(run.config.train.micro_batch_size)
                 drawn = [
                     picture
-                    for part in latents_BCHW.split(run.config.train.micro_batch_size)
-                    for picture in to_pictures(run.encoders.decode(part))
+                    for part_BCHW in parts_BCHW
+                    if mesh.pipeline_rank == 0
+                    for picture in to_pictures(run.encoders.decode(part_BCHW))
                 ]
-                pictures = dict(zip(own, drawn, strict=True))
+                pictures = dict(zip(own, drawn, strict=mesh.pipeline_rank == 0))
         parts = [pictures]
         if mesh.data_group is not None:
             parts = [{} for _ in range(mesh.data_size)]

@@ -340,7 +340,7 @@ def watch_rollouts(tiny: Tiny, folder: Path, case: Case) -> dict[str, list[str]]
     run = start(case.config(tiny, folder))
     run.stepper.run(0, run.loader.load(0))
     run.stepper.parameters.zero_gradients()
-    objective, stage = run.stepper.objective, run.stepper.stage
+    objective, stage = run.stepper.objective, run.stepper.stages[0]
     changes: dict[str, list[str]] = {}
     micro = run.loader.load(1)[0]
     begun = objective.begin(micro)

@@ -13,7 +13,8 @@ from soar_mega.objectives import make_objective
 from soar_mega.parallel.mesh import Mesh
 from soar_mega.parallel.sharded import ShardedParameters
 from soar_mega.passes import MicroBatch, TextCondition
-from soar_mega.pipeline.executor import run_microbatches
+from soar_mega.pipeline.engine import Pipeline
+from soar_mega.pipeline.schedules import build_schedule
 from soar_mega.rng import Purpose, normal, uniform
 from soar_mega.training.benchmark import Case
 
@@ -54,7 +55,8 @@ def soar_gradient(device: str, dtype: torch.dtype) -> torch.Tensor:
     objective = make_objective(SoarConfig(name="soar"), shift=3.0, seed=0)
     micro = on(CASE.microbatch(), device)
     normaliser = objective.normaliser(objective.count(micro)).to(device)
-    run_microbatches(stage, objective, [micro], normaliser)
+    schedule = build_schedule("1f1b", objective.passes(), ranks=1, microbatches=1)
+    Pipeline([stage], mesh, schedule).train_step(objective, [micro], normaliser)
     return parameters.flat_grad.cpu()
 
 

@@ -81,7 +81,7 @@ def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with one checkpoint."""
     mesh = Mesh.single()
     stage = new_stage(base)
-    load_diffusers_transformer(base, stage, mesh)
+    load_diffusers_transformer(base, [stage], mesh)
     extra = {
         "model": {"pretrained": str(base), "transformer": stage.config.to_diffusers()},
         "lineage": {"run": "tiny-sft", "step": 5, "objective": "flow_matching", "parent": None},
@@ -158,13 +158,13 @@ def test_weights_come_back_from_run_checkpoint_and_export(
     stages: list[dict[str, torch.Tensor]] = []
     for source in (run, run / "checkpoints" / "step-00000005", alone):
         stage = new_stage(base)
-        record = load_weights(source, stage, mesh, "ema")
+        record = load_weights(source, [stage], mesh, "ema")
         assert (record is None) == (source == alone)
         stages.append(stage.state_dict())
     for other in stages[1:]:
         assert all(torch.equal(stages[0][key], other[key]) for key in stages[0])
     plain = new_stage(base)
-    load_weights(run, plain, mesh, "plain")
+    load_weights(run, [plain], mesh, "plain")
     assert torch.equal(
         plain.state_dict()["head.projection.bias"] + 1, stages[0]["head.projection.bias"]
     )
@@ -220,7 +220,7 @@ def test_latents_equal_the_pipelines(base: Path, guidance: float) -> None:
         output_type="latent",
     ).images
     stage = new_stage(base)
-    load_diffusers_transformer(base, stage, Mesh.single())
+    load_diffusers_transformer(base, [stage], Mesh.single())
     for batch in (None, 2):
         ours = generate(
             stage,

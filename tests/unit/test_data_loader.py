@@ -324,4 +324,4 @@ def test_tensor_peers_share_the_work_and_hold_the_same_bits(tmp_path: Path) -> N
         done = [run["images"] for run in runs]
         assert sum(done) == alone.images and max(done) - min(done) <= 4
     assert f"key 'k{first}': not a complete" in results[0]["error"]
-    assert "tensor-parallel rank 0 of data-parallel rank 0 could not read" in results[1]["error"]
+    assert "model-parallel rank 0 of data-parallel rank 0 could not read" in results[1]["error"]

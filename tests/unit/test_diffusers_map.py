@@ -129,7 +129,7 @@ def test_import_fills_every_tensor_parallel_slice(
     assert (tmp_path / "transformer" / INDEX).exists() == (shard_bytes == 60_000)
     config = MMDiTConfig.from_diffusers(read_transformer_config(tmp_path))
     whole = MMDiTStage(config, Mesh.single(), TorchBackend())
-    load_diffusers_transformer(tmp_path, whole, Mesh.single())
+    load_diffusers_transformer(tmp_path, [whole], Mesh.single())
     assert torch.equal(whole.patch_embed.position, tiny.pos_embed.pos_embed)
     theirs = tiny.state_dict()
     for name, parameter in whole.named_parameters():
@@ -140,7 +140,7 @@ def test_import_fills_every_tensor_parallel_slice(
     for rank in range(4):
         mesh = Mesh(rank, 4, rank, 4, 0, 1, None, None, None, torch.device("cpu"))
         part = MMDiTStage(config, mesh, TorchBackend())
-        load_diffusers_transformer(tmp_path / "transformer", part, mesh)
+        load_diffusers_transformer(tmp_path / "transformer", [part], mesh)
         for name, parameter in part.named_parameters():
             expected = full[name][local_slice(layout_of(parameter), mesh)]
             assert torch.equal(parameter.detach(), expected.reshape(parameter.shape)), name
@@ -153,7 +153,7 @@ def test_position_table_keeps_the_bits_and_dtype_of_the_file(
     half.load_state_dict(tiny.state_dict())
     half.half().save_pretrained(tmp_path)
     stage = MMDiTStage(MMDiTConfig(**TINY), Mesh.single(), TorchBackend()).bfloat16()
-    load_diffusers_transformer(tmp_path, stage, Mesh.single())
+    load_diffusers_transformer(tmp_path, [stage], Mesh.single())
     assert stage.patch_embed.position.dtype == torch.float16
     assert torch.equal(stage.patch_embed.position, half.pos_embed.pos_embed)
 
@@ -178,7 +178,7 @@ def test_folders_that_are_no_diffusers_model(tiny: SD3Transformer2DModel, tmp_pa
 
     def refused(folder: Path) -> str:
         with pytest.raises(CheckpointError) as error:
-            load_diffusers_transformer(folder, stage, Mesh.single())
+            load_diffusers_transformer(folder, [stage], Mesh.single())
         return str(error.value)
 
     assert "does not exist" in refused(tmp_path / "absent")
@@ -204,7 +204,7 @@ def test_another_architecture_is_refused(tiny: SD3Transformer2DModel, tmp_path: 
     deeper = MMDiTConfig(**{**TINY, "num_layers": 4, "pooled_projection_dim": 21})
     stage = MMDiTStage(deeper, Mesh.single(), TorchBackend())
     with pytest.raises(CheckpointError, match="another architecture") as error:
-        load_diffusers_transformer(tmp_path, stage, Mesh.single())
+        load_diffusers_transformer(tmp_path, [stage], Mesh.single())
     assert "blocks.3.attention.image.qkv.weight" in str(error.value)
     assert "condition.pooled_in.weight: (32, 20) in the folder" in str(error.value)
 

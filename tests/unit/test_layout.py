@@ -71,7 +71,11 @@ def test_data_size_is_what_is_left() -> None:
         ({"tensor_model_parallel_size": 5}, 5, "attention heads must divide"),
         ({"pipeline_model_parallel_size": 32}, 32, "at most 24"),
         ({"virtual_pipeline_model_parallel_size": 2}, 8, "which takes 1"),
-        ({"pipeline_schedule": "zero_bubble_v"}, 8, "is no pipeline"),
+        (
+            {"pipeline_schedule": "zero_bubble_v", "virtual_pipeline_model_parallel_size": 3},
+            8,
+            "which takes 2",
+        ),
         (
             {"pipeline_model_parallel_size": 2, "pipeline_layout": [12, 11]},
             8,

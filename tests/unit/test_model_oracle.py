@@ -61,7 +61,7 @@ def test_forward_and_gradients_equal_diffusers(variant: str, tmp_path: Path) -> 
     theirs.save_pretrained(tmp_path / "transformer")
     config = MMDiTConfig.from_diffusers(dict(theirs.config))
     ours = MMDiTStage(config, Mesh.single(), TorchBackend())
-    load_diffusers_transformer(tmp_path, ours, Mesh.single())
+    load_diffusers_transformer(tmp_path, [ours], Mesh.single())
     parameters = ShardedParameters([ours], Mesh.single())
     table = mapping(config)
 
