@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,4 +25,9 @@ def waiting_for(what: str) -> Iterator[None]:
     except (PeerError, torch.OutOfMemoryError):
         raise
     except RuntimeError as error:
-        raise PeerError(f"waiting for {what}: {str(error).splitlines()[0]}") from error
+        raise PeerError(f"waiting for {what}: {reason(error)}") from error
+
+
+def reason(error: RuntimeError) -> str:
+    """The first line of a backend's error, without the place in its source."""
+    return re.sub(r"^\[\S+\]\s*", "", str(error).splitlines()[0])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from soar_mega.pipeline.actions import Action, Kind, Schedule, Step
@@ -31,6 +33,19 @@ class Costs:
     measured: Mapping[tuple[Kind, str, int], float] = field(default_factory=dict)
     latency: float = 0.0
     unit: str = "units"
+
+    @classmethod
+    def of(cls, timelines: Iterable[Timeline]) -> Costs:
+        """What the compute actions of recorded steps took: of each sort the median."""
+        found: dict[tuple[Kind, str, int], list[float]] = defaultdict(list)
+        for line in timelines:
+            for rank in line.ranks:
+                for event in line.compute(rank):
+                    stage = line.step.placement.stage(rank, event.action.chunk)
+                    p = line.step.by_name[event.action.pass_name]
+                    found[event.action.kind, p.kind, stage].append(event.end - event.start)
+        medians = {sort: statistics.median(times) for sort, times in found.items()}
+        return cls(measured=medians, unit="s")
 
     def duration(self, step: Step, rank: int, action: Action) -> float:
         """Time of a compute action.

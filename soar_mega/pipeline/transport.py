@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from soar_mega.parallel.errors import PeerError
+from soar_mega.parallel.errors import PeerError, reason
 from soar_mega.parallel.mesh import Mesh, own_groups
 from soar_mega.pipeline.actions import Action, Channel, Kind, Message, Placement
 
@@ -160,7 +160,7 @@ class Transport:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            why = f"after {time.monotonic() - since:.1f} s {str(error).splitlines()[0]}"
+            why = f"after {time.monotonic() - since:.1f} s {reason(error)}"
             raise self._lost(action, why) from error
 
     def _lost(self, action: Action, why: str) -> PeerError:

@@ -218,7 +218,7 @@ def compare(case: Case, repeats: int, steps: int, say: Callable[[str], None]) ->
     )
     return {
         "what": "SOAR step: this project against a plain loop on diffusers' model",
-        "hardware": _hardware(),
+        "hardware": hardware(),
         "torch": torch.__version__,
         "case": asdict(case),
         "parameters": sum(torch.Size(layout.global_shape).numel() for layout in layouts.values()),
@@ -229,7 +229,8 @@ def compare(case: Case, repeats: int, steps: int, say: Callable[[str], None]) ->
     }
 
 
-def _hardware() -> str:
+def hardware() -> str:
+    """Number and name of this machine's processors."""
     names = [
         line.split(":", 1)[1].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()
