@@ -7,19 +7,27 @@ rank's share of the model; the unit is yours. "Live" counts microbatches whose a
 keeps, from the forward of a pass with gradient until its weight gradient is done.
 
     tools/show_schedule.py --pipeline 4 --microbatches 8 --schedule zero_bubble --picture zb.svg
+
+With --recorded it shows a step that a run has recorded (logging.timeline_step), beside the
+simulator fed with the costs of that step; --picture is of the real step, --trace of both.
+
+    tools/show_schedule.py --recorded runs/x/timeline/step_00000003.json --picture real.svg
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from soar_mega.config.objective import FlowMatchingConfig, SoarConfig
 from soar_mega.objectives import make_objective
 from soar_mega.passes import Pass
+from soar_mega.pipeline.actions import Schedule
 from soar_mega.pipeline.schedules import SCHEDULES, build_schedule
 from soar_mega.pipeline.simulator import Costs, simulate
+from soar_mega.pipeline.timeline import Timeline
 from soar_mega.pipeline.timeline_picture import draw
 from soar_mega.pipeline.timeline_table import summary, table
 from soar_mega.pipeline.trace import write_trace
@@ -29,33 +37,57 @@ from soar_mega.pipeline.validator import validate
 def main() -> None:
     parser = make_parser()
     args = parser.parse_args()
+    if args.recorded is None and None in (args.pipeline, args.microbatches):
+        parser.error("--pipeline and --microbatches are needed, or --recorded")
     try:
-        schedule = build_schedule(
-            args.schedule,
-            passes_of(args),
-            ranks=args.pipeline,
-            microbatches=args.microbatches,
-            virtual=args.virtual_stages,
-        )
-        validate(schedule)
-        costs = Costs(
-            args.cost_forward,
-            args.cost_input_backward,
-            args.cost_weight_backward,
-            tuple(args.cost_stages) if args.cost_stages else None,
-            latency=args.cost_latency,
-        )
-        timeline = simulate(schedule, costs)
+        schedule, timelines = recorded(args.recorded) if args.recorded else simulated(args)
         if args.picture:
-            draw(timeline, args.picture, title_of(args), schedule.live_bound)
-    except ValueError as error:
+            title = f"{schedule.name}, a real step" if args.recorded else title_of(args)
+            draw(timelines[0], args.picture, title, schedule.live_bound)
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     if args.trace:
-        write_trace(args.trace, [timeline])
+        write_trace(args.trace, timelines)
     if args.json:
-        print(json.dumps(summary(timeline, schedule), indent=2))
+        shown = [summary(timeline, schedule) for timeline in timelines]
+        print(json.dumps(shown[0] | ({"simulated": shown[1]} if shown[1:] else {}), indent=2))
     else:
-        print(table(timeline, schedule))
+        print("\n\n".join(table(timeline, schedule) for timeline in timelines))
+
+
+def simulated(args: argparse.Namespace) -> tuple[Schedule, list[Timeline]]:
+    """The schedule asked for, checked, and how it runs under the cost model."""
+    schedule = build_schedule(
+        args.schedule,
+        passes_of(args),
+        ranks=args.pipeline,
+        microbatches=args.microbatches,
+        virtual=args.virtual_stages,
+    )
+    validate(schedule)
+    costs = Costs(
+        args.cost_forward,
+        args.cost_input_backward,
+        args.cost_weight_backward,
+        tuple(args.cost_stages) if args.cost_stages else None,
+        latency=args.cost_latency,
+    )
+    return schedule, [simulate(schedule, costs)]
+
+
+def recorded(path: Path) -> tuple[Schedule, list[Timeline]]:
+    """A recorded step, and the simulation of its schedule with its own costs."""
+    real = Timeline.load(path)
+    place = real.step.placement
+    schedule = build_schedule(
+        real.name,
+        real.step.passes,
+        ranks=place.ranks,
+        microbatches=real.step.microbatches,
+        virtual=place.chunks,
+    )
+    model = replace(simulate(schedule, Costs.of([real])), name=f"{real.name}, simulated")
+    return schedule, [real, model]
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -68,14 +100,9 @@ def make_parser() -> argparse.ArgumentParser:
         shown = "" if default is None else " (default: %(default)s)"
         parser.add_argument(flag, default=default, help=text + shown, **more)  # type: ignore[arg-type]
 
-    add("--pipeline", "pipeline ranks", type=int, required=True, metavar="P")
-    add(
-        "--microbatches",
-        "of a step on one data-parallel rank",
-        type=int,
-        required=True,
-        metavar="M",
-    )
+    add("--recorded", "show this recorded step instead", type=Path, metavar="FILE.json")
+    add("--pipeline", "pipeline ranks", type=int, metavar="P")
+    add("--microbatches", "of a step on one data-parallel rank", type=int, metavar="M")
     add("--schedule", "how to order the step", "zero_bubble", choices=SCHEDULES)
     add(
         "--virtual-stages",

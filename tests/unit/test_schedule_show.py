@@ -6,6 +6,7 @@ import json
 import runpy
 import sys
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 from soar_mega.pipeline.schedules import SCHEDULES, build_schedule
-from soar_mega.pipeline.simulator import simulate
+from soar_mega.pipeline.simulator import Costs, simulate
 from soar_mega.pipeline.timeline import Timeline
 from soar_mega.pipeline.timeline_picture import draw, pass_colours
 from soar_mega.pipeline.trace import write_trace
@@ -50,6 +51,31 @@ def test_table_has_a_line_a_rank(show: Any) -> None:
     assert "makespan 179 units, work 176, bubble 1.68%" in lines[0]
     assert [line.split()[0] for line in lines[3:]] == ["0", "1", "2", "3"]
     assert lines[3].split()[1:5] == ["176", "1.68%", "4", "4"]
+
+
+def test_recorded_step_beside_its_simulation(show: Any, tmp_path: Path) -> None:
+    """A step whose weight gradients took twice as long, and whose last rank dawdled at the end."""
+    schedule = build_schedule("zero_bubble", soar_passes(), ranks=3, microbatches=2)
+    line = simulate(schedule, Costs(weight_backward=2.0, unit="s"))
+    late = line.events[2][-1]
+    slow = (*line.events[2][:-1], replace(late, start=late.start + 50, end=late.end + 50))
+    real, trace = tmp_path / "real.json", tmp_path / "trace.json"
+    replace(line, events=(*line.events[:2], slow)).save(real)
+    picture = tmp_path / "real.svg"
+    flags = ("--recorded", str(real), "--picture", str(picture), "--trace", str(trace), "--json")
+    out = json.loads(show(*flags))
+    assert out["unit"] == "s" and out["pipeline"] == 3
+    assert out["simulated"]["makespan"] == line.makespan
+    assert out["makespan"] == pytest.approx(max(late.end + 50 - line.start, line.makespan))
+    assert "a real step" in picture.read_text()
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert {event["pid"] for event in events} == {0, 1}
+
+
+def test_needs_a_layout_or_a_recorded_step(show: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        show("--pipeline", "2")
+    assert "--microbatches" in capsys.readouterr().err
 
 
 def test_settings_of_the_objective_change_the_passes(show: Any) -> None:
