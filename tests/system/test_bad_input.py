@@ -177,6 +177,38 @@ def test_missing_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
             [],
             ["train.global_batch_size = 8", "train.micro_batch_size", "6 or 12"],
         ),
+        (
+            4,
+            ["parallel.pipeline_model_parallel_size=3"],
+            ["parallel.pipeline_model_parallel_size = 3", "which is 4", "1, 2, 4"],
+        ),
+        (
+            8,
+            ["parallel.pipeline_model_parallel_size=4", "train.micro_batch_size=1"],
+            ["parallel.pipeline_model_parallel_size is 4", "3 layers", "at most 3"],
+        ),
+        (
+            2,
+            [
+                "parallel.pipeline_model_parallel_size=2",
+                "parallel.pipeline_schedule=interleaved_1f1b",
+            ],
+            ["4 stages (2 virtual ones a rank)", "3 layers", "at most 1"],
+        ),
+        (
+            2,
+            [
+                "parallel.pipeline_model_parallel_size=2",
+                "parallel.pipeline_schedule=zero_bubble",
+                "parallel.virtual_pipeline_model_parallel_size=2",
+            ],
+            ["virtual_pipeline_model_parallel_size = 2", "'zero_bubble'", "which takes 1"],
+        ),
+        (
+            2,
+            ["parallel.pipeline_model_parallel_size=2", "parallel.pipeline_layout=[2,2]"],
+            ["parallel.pipeline_layout is [2, 2]", "its sum is 4", "[1, 2]"],
+        ),
     ],
 )
 def test_number_of_processes(
@@ -190,7 +222,7 @@ def test_number_of_processes(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Every rank refuses, rank 0 speaks for all. The other processes are not there."""
-    monkeypatch.setattr(trainer, "start_processes", lambda process, device: None)
+    monkeypatch.setattr(trainer, "start_processes", lambda *_: None)
     place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
     for name, value in place.items():
         monkeypatch.setenv(name, str(value))

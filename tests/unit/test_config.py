@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -22,6 +22,8 @@ from soar_mega.config import (
     dump_yaml,
     load_config,
 )
+from soar_mega.config.schema import ParallelConfig
+from soar_mega.pipeline.schedules import SCHEDULES
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MINIMAL = """\
@@ -462,3 +464,9 @@ def test_suggested_batches_work(world: int, tp: int, micro: int, parts: int) -> 
     else:
         assert data * tp == world
         assert math.gcd(micro * parts, data * micro) == data * micro
+
+
+def test_every_schedule_can_be_named() -> None:
+    """The config room cannot ask the pipeline room: the names stand twice."""
+    field = ParallelConfig.model_fields["pipeline_schedule"]
+    assert set(get_args(field.annotation)) == set(SCHEDULES)
