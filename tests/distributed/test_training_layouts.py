@@ -105,7 +105,11 @@ def draws_of(objective: Any, micro: MicroBatch) -> Draws:
 
 
 def train_case(tiny: Tiny, folder: Path, case: Case) -> Result:
-    run = start(case.config(tiny, folder))
+    return train_run(start(case.config(tiny, folder)))
+
+
+def train_run(run: Run) -> Result:
+    """All its steps, and a checkpoint after them."""
     result = Result(run.mesh.data_rank, [], {})
     for step in range(STEPS):
         microbatches = run.loader.load(step)
