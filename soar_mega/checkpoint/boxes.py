@@ -2,8 +2,9 @@
 
 A data-parallel rank owns a contiguous flat range of a tensor-parallel (local) parameter. Such a
 range of a row-major tensor is a short list of boxes: a part of a row, whole rows, a part of a row,
-and so on inwards. Each box, moved by the offset of the tensor-parallel slice, is a chunk of the
-global tensor, so any layout's pieces can be read back by any other layout.
+and so on inwards. Each box, clipped to what is no padding and moved by the offset of the
+tensor-parallel slice, is a chunk of the global tensor, so any layout's pieces can be read back by
+any other layout.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ class Box:
     Attributes:
         offset: Corner in the global tensor.
         shape: Extent.
-        data: 1-D view of the elements, row-major; saved from, and loaded into in place.
+        data: View of the elements, of this shape and any strides; saved from, and loaded into in
+            place.
     """
 
     offset: tuple[int, ...]
@@ -96,17 +98,17 @@ class BoxedTensor:
         self.boxes = boxes
         self.contribute = contribute
         for box in boxes:
-            if box.data.shape != (math.prod(box.shape),) or not box.data.is_contiguous():
+            if tuple(box.data.shape) != box.shape:
                 raise ValueError(
-                    f"box {box.offset} + {box.shape} of {self.global_shape} needs a contiguous 1-D "
-                    f"tensor of {math.prod(box.shape)} elements, got {tuple(box.data.shape)}"
+                    f"box {box.offset} + {box.shape} of {self.global_shape} needs a tensor of that "
+                    f"shape, got {tuple(box.data.shape)}"
                 )
 
     @classmethod
     def whole(cls, tensor: Tensor, contribute: bool = True) -> BoxedTensor:
-        """A tensor this process holds completely (contiguous, any shape)."""
+        """A tensor this process holds completely (any shape and strides)."""
         shape = tuple(tensor.shape)
-        return cls(shape, [Box((0,) * len(shape), shape, tensor.view(-1))], contribute)
+        return cls(shape, [Box((0,) * len(shape), shape, tensor)], contribute)
 
     @classmethod
     def from_range(
@@ -114,17 +116,23 @@ class BoxedTensor:
     ) -> BoxedTensor:
         """The flat range ``[start, stop)`` of this rank's tensor-parallel slice of a parameter.
 
+        Padding in the range belongs to no box: it is neither saved nor loaded.
+
         Args:
             layout: The parameter's place among the tensor ranks.
             mesh: This process; tensor rank 0 alone writes what all tensor ranks hold.
             start, stop: Range of the row-major local parameter.
             data: Its ``stop - start`` elements, a 1-D view (master weight, EMA, Adam moment).
         """
-        corner = layout.local_offset(mesh)
+        corner, real = layout.local_offset(mesh), layout.real_shape(mesh)
         boxes = []
         for offset, size, flat in range_to_boxes(layout.local_shape(mesh.tensor_size), start, stop):
+            kept = tuple(min(a, b - o) for a, b, o in zip(size, real, offset, strict=True))
+            if min(kept, default=1) <= 0:
+                continue
+            view = data[flat : flat + math.prod(size)].view(size)
             place = tuple(a + b for a, b in zip(corner, offset, strict=True))
-            boxes.append(Box(place, size, data[flat : flat + math.prod(size)]))
+            boxes.append(Box(place, kept, view[tuple(slice(0, n) for n in kept)]))
         contribute = layout.tensor_dim is not None or mesh.tensor_rank == 0
         return cls(layout.global_shape, boxes, contribute)
 
@@ -154,7 +162,7 @@ class BoxedTensor:
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
         for box in self.boxes:
             if index.offset == torch.Size(box.offset):
-                return box.data.view(box.shape)
+                return box.data
         raise ValueError(f"no piece of '{index.fqn}' begins at {index.offset} in this process")
 
 

@@ -20,7 +20,7 @@ from soar_mega.checkpoint.diffusers_map import POSITION, check_keys, mapping
 from soar_mega.checkpoint.errors import CheckpointError, listing
 from soar_mega.checkpoint.safetensors_files import SafetensorsFolder
 from soar_mega.model.config import MMDiTConfig
-from soar_mega.parallel.layout import layout_of, local_slice
+from soar_mega.parallel.layout import fill_parameter, layout_of, local_slice
 from soar_mega.parallel.mesh import Mesh
 
 Weights = Literal["ema", "plain"]
@@ -88,8 +88,7 @@ def load_diffusers_transformer(
     with torch.no_grad():
         for name, parameter in _parameters(modules):
             region = local_slice(layout_of(parameter), mesh)
-            local = table[name].to_ours(files.read, region)
-            parameter.copy_(local.reshape(parameter.shape))
+            fill_parameter(parameter, mesh, table[name].to_ours(files.read, region))
     for module in modules:
         if POSITION in dict(module.named_buffers()):
             position = table[POSITION].to_ours(files.read).to(mesh.device)

@@ -52,7 +52,9 @@ class ParallelConfig(Section):
     """How the model is spread over processes; what is left is data parallel."""
 
     tensor_model_parallel_size: int = Field(
-        1, ge=1, description="Processes that share each layer; must divide the attention heads."
+        1,
+        ge=1,
+        description="Processes that share each layer; each must get a head and an equal width.",
     )
     sequence_parallel: bool = Field(
         False,

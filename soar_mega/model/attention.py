@@ -2,6 +2,10 @@
 
 Legend: L image tokens, T text tokens, B samples, D width, H local heads, d head width; ``x_lBD`` is
 one tensor rank's share of the tokens with sequence parallel, all of them without.
+
+Where the tensor size does not divide the heads, the last ranks have padded heads, whose QKV rows
+and output columns are zeros. They stay so: with zero values and zero output columns every gradient
+of theirs is exactly zero.
 """
 
 from __future__ import annotations
@@ -29,17 +33,17 @@ class Lengths:
 
 
 class _Stream(nn.Module):
-    """QKV of one stream, with its QK norms, heads cut over the tensor ranks."""
+    """QKV of one stream, with its QK norms, heads (whole ones) cut over the tensor ranks."""
 
     def __init__(
         self, config: MMDiTConfig, mesh: Mesh, backend: Backend, sequence_parallel: bool
     ) -> None:
         super().__init__()
-        D = config.width
-        self.heads = config.num_attention_heads // mesh.tensor_size
+        D, head = config.width, config.attention_head_dim
+        self.heads = -(-config.num_attention_heads // mesh.tensor_size)
         self.qkv = backend.column_linear(
-            ParameterLayout((3, D, D), 1, "sharded"),
-            ParameterLayout((3, D), 1, "sharded"),
+            ParameterLayout((3, D, D), 1, "sharded", block=head),
+            ParameterLayout((3, D), 1, "sharded", block=head),
             mesh,
             sequence_parallel=sequence_parallel,
         )
@@ -71,7 +75,7 @@ class _Output(nn.Module):
         D = config.width
         self.mesh, self.sequence_parallel = mesh, sequence_parallel
         self.projection = backend.row_linear(
-            ParameterLayout((D, D), 1, "sharded"),
+            ParameterLayout((D, D), 1, "sharded", block=config.attention_head_dim),
             ParameterLayout((D,), None, "partial" if sequence_parallel else "replicated"),
             mesh,
             sequence_parallel=sequence_parallel,

@@ -79,18 +79,20 @@ class MMDiTConfig:
         return asdict(self)
 
     def check_tensor_parallel(self, tensor_size: int) -> None:
-        """Refuse a tensor-parallel size that does not cut the heads.
+        """Refuse a tensor-parallel size that leaves a rank without a head or cuts unequal widths.
 
         Raises:
             ValueError: Names the setting, the value, the rule and the sizes that work.
         """
-        if self.num_attention_heads % tensor_size:
-            works = [
-                n
-                for n in range(1, self.num_attention_heads + 1)
-                if self.num_attention_heads % n == 0
-            ]
+        if not self._can_cut(tensor_size):
+            heads, works = self.num_attention_heads, range(1, self.num_attention_heads + 1)
             raise ValueError(
-                f"parallel.tensor_model_parallel_size is {tensor_size}, but the model's "
-                f"{self.num_attention_heads} attention heads must divide by it: use one of {works}"
+                f"parallel.tensor_model_parallel_size is {tensor_size}, but it must divide the "
+                f"model's width {self.width}, and {-(-heads // tensor_size)} of its {heads} "
+                "attention heads on each rank must leave no rank without: use one of "
+                f"{[n for n in works if self._can_cut(n)]}"
             )
+
+    def _can_cut(self, tensor_size: int) -> bool:
+        heads = self.num_attention_heads
+        return not self.width % tensor_size and -(-heads // tensor_size) * (tensor_size - 1) < heads

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from soar_mega.model.config import MMDiTConfig
 from soar_mega.model.stage import MMDiTStage
-from soar_mega.parallel.layout import layout_of, local_slice
+from soar_mega.parallel.layout import fill_parameter, layout_of, local_slice
 from soar_mega.rng import keyed_normal_slice
 
 
@@ -39,7 +39,7 @@ def initialise(stage: MMDiTStage, seed: int) -> None:
                 seed, name, layout.global_shape, index, device=parameter.device
             )
             deviation = 1.0 / math.sqrt(3.0 * fan_in[name.rpartition(".")[0]])
-            parameter.copy_(draw.view(parameter.shape) * deviation)
+            fill_parameter(parameter, stage.mesh, draw * deviation)
         if stage.is_first:
             stage.patch_embed.position.copy_(position_table(stage.config))
 

@@ -81,7 +81,7 @@ class MMDiTStage(nn.Module):
             gradient ignore it.
 
     Raises:
-        ValueError: The heads do not divide by the tensor-parallel size, or ``layers`` is no slice
+        ValueError: The tensor-parallel size does not cut the model, or ``layers`` is no slice
             of the model.
     """
 

@@ -7,7 +7,7 @@ processes runs all its cases, because starting processes costs more than the cas
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -24,7 +24,7 @@ from tests.distributed.test_training_layouts import (
     compare_weights,
     train_case,
 )
-from tests.runs import Tiny, checkpoint, make_small_tiny
+from tests.runs import SIZES, Tiny, checkpoint, make_small_tiny
 
 LAYERS = 8
 
@@ -61,7 +61,7 @@ def train_layouts(tiny: Tiny, folder: Path, layouts: list[Layout]) -> list[Resul
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """A tiny folder whose model has enough layers for 4 ranks of 2 stages."""
-    return make_small_tiny(tmp_path_factory.mktemp("deep"), LAYERS)
+    return make_small_tiny(tmp_path_factory.mktemp("deep"), replace(SIZES, num_layers=LAYERS))
 
 
 Reference = Callable[[Case], tuple[Result, Path]]

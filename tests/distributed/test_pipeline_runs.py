@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from soar_mega.pipeline.timeline import Timeline
 from soar_mega.training import saving
 from tests.distributed.harness import run_ranks
 from tests.runs import (
+    SIZES,
     Tiny,
     assert_same_state,
     assert_weights,
@@ -77,7 +79,7 @@ def work_on_four(tiny: Tiny, folder: Path) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of one process (``alone``) and of four."""
     folder = tmp_path_factory.mktemp("runs")
-    tiny = make_small_tiny(folder / "tiny", LAYERS)
+    tiny = make_small_tiny(folder / "tiny", replace(SIZES, num_layers=LAYERS))
     shards = f"validation.shards={tiny.shards('heldout')}"
     train(tiny.config("soar", folder / "alone", *COMMON, shards))
     run_ranks(4, work_on_four, tiny, folder)

@@ -10,7 +10,7 @@ import torch
 from soar_mega.backends.torch import TorchBackend
 from soar_mega.model.payload import PassSize, Payload
 from soar_mega.model.stage import MMDiTStage
-from soar_mega.parallel.layout import layout_of, local_slice
+from soar_mega.parallel.layout import fill_parameter, layout_of, local_slice
 from soar_mega.parallel.mesh import Mesh
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_model_parity import CONFIG, global_tensor, inputs
@@ -25,7 +25,7 @@ def build(mesh: Mesh, layers: range, sequence_parallel: bool) -> MMDiTStage:
     for name, parameter in stage.named_parameters():
         layout = layout_of(parameter)
         whole = global_tensor(name, layout.global_shape).double()
-        parameter.data.copy_(whole[local_slice(layout, mesh)].reshape(parameter.shape))
+        fill_parameter(parameter, mesh, whole[local_slice(layout, mesh)])
     if stage.is_first:
         position = stage.patch_embed.position
         position.copy_(global_tensor("position", position.shape))

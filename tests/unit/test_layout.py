@@ -68,7 +68,7 @@ def test_data_size_is_what_is_left() -> None:
     ("parallel", "world", "words"),
     [
         ({"pipeline_model_parallel_size": 3}, 8, "must divide the number of processes"),
-        ({"tensor_model_parallel_size": 5}, 5, "attention heads must divide"),
+        ({"tensor_model_parallel_size": 5}, 5, "must divide the model's width"),
         ({"pipeline_model_parallel_size": 32}, 32, "at most 24"),
         ({"virtual_pipeline_model_parallel_size": 2}, 8, "which takes 1"),
         (
