@@ -319,6 +319,9 @@ def _cos_sin(word: Tensor) -> tuple[Tensor, Tensor]:
 
 def _normals(words: Sequence[Tensor]) -> Tensor:
     """Box-Muller: words 0 and 1 make normals 0 and 1, words 2 and 3 make 2 and 3; (B, K, 2, 2)."""
-    radius = (_minus_log(torch.stack((words[0], words[2]), dim=-1)) * 2.0).sqrt()
+    square = _minus_log(torch.stack((words[0], words[2]), dim=-1)) * 2.0
+    # By way of fp64, which gives the one nearest fp32 everywhere: MKL's own fp32 root, which torch
+    # takes for large tensors on some processors, is off in the last bit once in a hundred times.
+    radius = square.double().sqrt().float()
     cosine, sine = _cos_sin(torch.stack((words[1], words[3]), dim=-1))
     return torch.stack((radius * cosine, radius * sine), dim=-1)

@@ -69,7 +69,8 @@ def test_the_address_is_where_the_module_says() -> None:
 GOLDEN_UNIFORM = [0x3DBE7CA8, 0x3F21E199, 0x3F66271B, 0x3E2B0244, 0x3EE92A9A, 0x3DC3A0D8]
 GOLDEN_NORMAL = [0xBFBBF292, 0xBFCE284D, 0x3E6B5D8A, 0x3ECCD2FF, 0x3F847C85, 0x3F355901]
 GOLDEN_KEYED = [0x3FB2B77F, 0xC0247381, 0x3F01B43D, 0xBFE7740C]
-GOLDEN_MANY = "df662f07d0d112ae"
+# Confirmed by numpy, whose fp32 root is the nearest one on every processor.
+GOLDEN_MANY = "3fa8a08641ebc967"
 
 
 def test_frozen_values() -> None:
