@@ -19,7 +19,7 @@ class Costs:
         input_backward: The same of the input gradients.
         weight_backward: The same of the weight gradients. BACKWARD takes the sum of both.
         stage_share: How much of a rank's mean share each stage is; default 1 / v each.
-        measured: Durations that replace all this, by (kind, pass kind, stage).
+        measured: Durations of one state that replace all this, by (kind, pass kind, stage).
         latency: From a send to the arrival.
         unit: Name of the unit.
     """
@@ -41,7 +41,7 @@ class Costs:
         stage, p = step.placement.stage(rank, action.chunk), step.by_name[action.pass_name]
         measured = self.measured.get((action.kind, p.kind, stage))
         if measured is not None:
-            return measured
+            return measured * p.states
         base = {
             Kind.FORWARD: self.forward,
             Kind.BACKWARD: self.input_backward + self.weight_backward,
