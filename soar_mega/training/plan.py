@@ -33,7 +33,7 @@ from soar_mega.training.plan_layouts import checked_data_size
 from soar_mega.training.plan_memory import RankMemory
 from soar_mega.training.plan_rank import RankStages, rank_stages
 from soar_mega.training.plan_times import Gpu, modelled_costs
-from soar_mega.training.setup import DTYPES
+from soar_mega.training.setup import DTYPES, check_resolution
 
 EFFICIENCY = 0.4
 # The VAE's; with the model's patches of 2 it makes RESOLUTION_STEP.
@@ -242,6 +242,7 @@ def make_plan(config: Config, gpus: int, gpu: Gpu, efficiency: float = EFFICIENC
     pretrained, parallel = config.model.pretrained, config.parallel
     architecture = MMDiTConfig.from_diffusers(read_transformer_config(pretrained))
     data_size = checked_data_size(config, architecture, gpus)
+    check_resolution(config.data.resolution, architecture)
     side = config.data.resolution // _LATENT_STEP
     text = plan_memory.text_tokens(pretrained, config.data.max_sequence_length)
     size = PassSize(config.train.micro_batch_size, side, side, text)

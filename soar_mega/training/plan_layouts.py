@@ -43,7 +43,7 @@ def nearest_layouts(config: Config, architecture: MMDiTConfig, gpus: int) -> lis
         except (ConfigError, ValueError):
             continue
         works.append((_distance(config, changed), _text(config, changed, data_size)))
-    return [text for _, text in sorted(works)[:_SHOWN]]
+    return list(dict.fromkeys(text for _, text in sorted(works)))[:_SHOWN]
 
 
 def _candidates(config: Config, gpus: int) -> Iterator[dict[str, object]]:
@@ -60,15 +60,11 @@ def _candidates(config: Config, gpus: int) -> Iterator[dict[str, object]]:
                 yield dict(base)
             base["pipeline_layout"] = None
             schedule = asked.pipeline_schedule if pipeline > 1 else "1f1b"
-            several = schedule == "interleaved_1f1b"
-            for virtual in (None, 2, 3, 4) if several else (None,):
-                yield {
-                    **base,
-                    "pipeline_schedule": schedule,
-                    "virtual_pipeline_model_parallel_size": virtual,
-                }
-            if several and asked.virtual_pipeline_model_parallel_size is not None:
-                yield {**base, "pipeline_schedule": schedule}
+            base["pipeline_schedule"] = schedule
+            yield dict(base)
+            # No more stages a rank than were asked for: fewer may fit the layers.
+            for virtual in (None, *range(3, asked.virtual_pipeline_model_parallel_size or 0)):
+                yield {**base, "virtual_pipeline_model_parallel_size": virtual}
 
 
 def _distance(asked: Config, changed: Config) -> tuple[float, int]:

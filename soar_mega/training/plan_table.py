@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import groupby
+from textwrap import fill
 from typing import Any
 
 from soar_mega.training.plan import Plan
@@ -87,7 +88,9 @@ def summary(plan: Plan) -> dict[str, Any]:
 def table(plan: Plan) -> str:
     """The plan as text."""
     parts = [_head(plan), _memory(plan), _communication(plan), _time(plan)]
-    parts.append("\n".join(f"- {note}" for note in notes(plan)))
+    parts.append(
+        "\n".join(fill(x, 100, subsequent_indent="  ", break_on_hyphens=False) for x in notes(plan))
+    )
     return "\n\n".join(parts)
 
 
