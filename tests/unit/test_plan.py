@@ -362,6 +362,16 @@ def test_command(run: Any, small: Path, tmp_path: Path) -> None:
         assert wrong[0].split("=")[0] in error
 
 
+@pytest.mark.full
+def test_documented_output_is_the_commands(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    blocks = (ROOT / "docs" / "planning.md").read_text().split("```")
+    program, *arguments = blocks[1].split()
+    assert program == "tools/plan.py"
+    code, out, _ = run(*arguments)
+    assert (code, out.strip()) == (0, blocks[3].strip())
+
+
 def test_json_has_the_tables_numbers(small: Path) -> None:
     parallel = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
     plan = plan_of(small, 8, parallel=parallel)
