@@ -5,7 +5,7 @@ Parameters, memory, FLOPs, pipeline bubble, bytes on every link, and a modelled 
 model.pretrained only transformer/config.json has to be there, of the data nothing. A layout that
 cannot work is refused with exit code 78, and the nearest ones that work are named.
 
-    tools/plan.py configs/tiny_soar.yaml parallel.pipeline_model_parallel_size=2 --gpus 8 --gpu H200
+    tools/plan.py configs/sd35_medium_soar.yaml parallel.pipeline_model_parallel_size=2 --gpus 8
 """
 
 from __future__ import annotations

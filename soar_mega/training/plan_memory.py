@@ -135,8 +135,11 @@ def _files(folder: Path) -> list[Path]:
     for stem in _STEMS:
         index = folder / f"{stem}.safetensors.index.json"
         if index.is_file():
-            names = json.loads(index.read_text())["weight_map"].values()
-            return [folder / name for name in sorted(set(names))]
+            try:
+                names = set(json.loads(index.read_text())["weight_map"].values())
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise CheckpointError(f"{index} is damaged: {error!r}") from error
+            return [folder / name for name in sorted(names)]
         if (folder / f"{stem}.safetensors").is_file():
             return [folder / f"{stem}.safetensors"]
     return []
@@ -146,9 +149,10 @@ def _elements(path: Path) -> int:
     try:
         with path.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    except (OSError, ValueError, MemoryError, OverflowError) as error:
-        raise CheckpointError(f"{path} is no readable safetensors file: {error}") from error
-    return sum(math.prod(x["shape"]) for key, x in header.items() if key != "__metadata__")
+        header.pop("__metadata__", None)
+        return sum(math.prod(entry["shape"]) for entry in header.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise CheckpointError(f"{path} is no readable safetensors file: {error!r}") from error
 
 
 def text_tokens(folder: Path | str, max_sequence_length: int) -> int:
@@ -161,4 +165,5 @@ def text_tokens(folder: Path | str, max_sequence_length: int) -> int:
     path = Path(folder).expanduser() / "tokenizer" / "tokenizer_config.json"
     if not path.is_file():
         return _CLIP_TOKENS + max_sequence_length
-    return int(json.loads(path.read_text())["model_max_length"]) + max_sequence_length
+    length = json.loads(path.read_text()).get("model_max_length", _CLIP_TOKENS)
+    return int(length) + max_sequence_length

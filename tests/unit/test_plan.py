@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from soar_mega.backends.torch import TorchBackend
+from soar_mega.checkpoint.errors import CheckpointError
 from soar_mega.config import Config, ConfigError, load_config
 from soar_mega.model.config import MMDiTConfig
 from soar_mega.model.payload import PassSize
@@ -257,6 +258,9 @@ def test_encoders_as_they_are_loaded(tmp_path: Path) -> None:
     (shards / "model.safetensors.index.json").write_text(json.dumps(index))
     found = plan_memory.encoder_bytes(tmp_path, torch.bfloat16)
     assert found == {"vae": 16 * 4, "text_encoder": 16 * 2, "text_encoder_3": 14 * 2}
+    (shards / "y.safetensors").write_bytes(b"\xff" * 20)
+    with pytest.raises(CheckpointError, match=r"y\.safetensors is no readable"):
+        plan_memory.encoder_bytes(tmp_path, torch.bfloat16)
 
 
 def test_text_tokens_are_those_of_the_clip_tokenizer_and_t5(tmp_path: Path) -> None:
