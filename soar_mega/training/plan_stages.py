@@ -39,7 +39,8 @@ class PassCosts:
     Attributes:
         kept: Bytes held from the forward until the weight gradients are done: what autograd keeps,
             the received payload and the output.
-        working: Most bytes in use beyond ``kept`` at any moment of forward and backward.
+        working: Most bytes in use beyond ``kept`` at any moment of forward and backward; of a pass
+            without gradient all, the received payload too.
         forward_sent, backward_sent: Bytes a tensor-parallel rank sends (ring collectives).
     """
 
@@ -160,7 +161,7 @@ def measure_pass(stage: MMDiTStage, size: PassSize, *, grad: bool) -> PassCosts:
     with watch, _gradients(grad):
         out = forward()
         if not grad:
-            return PassCosts(0, watch.peak, watch.sent, 0.0)
+            return PassCosts(0, watch.peak + received, watch.sent, 0.0)
         kept, forward_sent = watch.live, watch.sent
         torch.autograd.backward(out, [torch.empty_like(x) for x in out])
     return PassCosts(kept + received, watch.peak - kept, forward_sent, watch.sent - forward_sent)
