@@ -1,7 +1,8 @@
 """Tensor- and sequence-parallel communication as differentiable functions.
 
 Each is the identity (or a plain reshape) on a mesh of tensor size 1. Sequence-first tensors: the
-sequence is dimension 0.
+sequence is dimension 0. On the meta device they give the right shapes and need no process group;
+what they would send shows as an operation of ``torch.ops._c10d_functional``.
 
 Legend: L tokens, B samples, D width; ``x_LBD`` is whole on every tensor rank, ``x_lBD`` is one
 rank's share of the tokens.
@@ -13,9 +14,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives  # registers torch.ops._c10d_functional
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from soar_mega.parallel.mesh import Mesh
 
@@ -24,49 +25,56 @@ all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_in
 reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def _all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
+_on_meta = torch.ops._c10d_functional
+
+
+def _all_reduce(x: Tensor, mesh: Mesh) -> Tensor:
+    if x.is_meta:
+        return _on_meta.all_reduce(x, "sum", "tensor")
     x = x.contiguous() if not x.is_contiguous() else x.clone()
-    dist.all_reduce(x, group=group)
+    dist.all_reduce(x, group=mesh.tensor_group)
     return x
 
 
-def _all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
-    size = dist.get_world_size(group)
-    out = x.new_empty((size * x.shape[0], *x.shape[1:]))
-    all_gather_into(out, x.contiguous(), group=group)
+def _all_gather(x: Tensor, mesh: Mesh) -> Tensor:
+    if x.is_meta:
+        return _on_meta.all_gather_into_tensor(x, mesh.tensor_size, "tensor")
+    out = x.new_empty((mesh.tensor_size * x.shape[0], *x.shape[1:]))
+    all_gather_into(out, x.contiguous(), group=mesh.tensor_group)
     return out
 
 
-def _reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
-    size = dist.get_world_size(group)
-    out = x.new_empty((x.shape[0] // size, *x.shape[1:]))
-    reduce_scatter_into(out, x.contiguous(), group=group)
+def _reduce_scatter(x: Tensor, mesh: Mesh) -> Tensor:
+    if x.is_meta:
+        return _on_meta.reduce_scatter_tensor(x, "sum", mesh.tensor_size, "tensor")
+    out = x.new_empty((x.shape[0] // mesh.tensor_size, *x.shape[1:]))
+    reduce_scatter_into(out, x.contiguous(), group=mesh.tensor_group)
     return out
 
 
-def _own_share(x: Tensor, group: ProcessGroup) -> Tensor:
-    return x.chunk(dist.get_world_size(group), dim=0)[dist.get_rank(group)].contiguous()
+def _own_share(x: Tensor, mesh: Mesh) -> Tensor:
+    return x.chunk(mesh.tensor_size, dim=0)[mesh.tensor_rank].contiguous()
 
 
 class _Copy(torch.autograd.Function):
     """Forward: as is. Backward: sum over the group."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
+    def forward(ctx: Any, x: Tensor, mesh: Mesh) -> Tensor:
+        ctx.mesh = mesh
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _all_reduce(grad, ctx.group), None
+        return _all_reduce(grad, ctx.mesh), None
 
 
 class _Reduce(torch.autograd.Function):
     """Forward: sum over the group. Backward: as is."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        return _all_reduce(x, group)
+    def forward(ctx: Any, x: Tensor, mesh: Mesh) -> Tensor:
+        return _all_reduce(x, mesh)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -77,37 +85,37 @@ class _Gather(torch.autograd.Function):
     """Forward: all shares on every rank. Backward: reduce-scatter, or one's own share."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup, partial_gradient: bool) -> Tensor:
-        ctx.group, ctx.partial_gradient = group, partial_gradient
-        return _all_gather(x, group)
+    def forward(ctx: Any, x: Tensor, mesh: Mesh, partial_gradient: bool) -> Tensor:
+        ctx.mesh, ctx.partial_gradient = mesh, partial_gradient
+        return _all_gather(x, mesh)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         back = _reduce_scatter if ctx.partial_gradient else _own_share
-        return back(grad, ctx.group), None, None
+        return back(grad, ctx.mesh), None, None
 
 
 class _ReduceScatter(torch.autograd.Function):
     """Forward: sum over the group, keep one's share. Backward: all shares."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _reduce_scatter(x, group)
+    def forward(ctx: Any, x: Tensor, mesh: Mesh) -> Tensor:
+        ctx.mesh = mesh
+        return _reduce_scatter(x, mesh)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _all_gather(grad, ctx.group), None
+        return _all_gather(grad, ctx.mesh), None
 
 
 def copy_to_tensor_ranks(x: Tensor, mesh: Mesh) -> Tensor:
     """Entry of a column-parallel region: the same input everywhere, gradients summed."""
-    return x if mesh.tensor_group is None else _Copy.apply(x, mesh.tensor_group)
+    return x if mesh.tensor_size == 1 else _Copy.apply(x, mesh)
 
 
 def reduce_from_tensor_ranks(x: Tensor, mesh: Mesh) -> Tensor:
     """Exit of a row-parallel region: partial outputs summed on every rank."""
-    return x if mesh.tensor_group is None else _Reduce.apply(x, mesh.tensor_group)
+    return x if mesh.tensor_size == 1 else _Reduce.apply(x, mesh)
 
 
 def gather_tokens(x_lBD: Tensor, mesh: Mesh, *, partial_gradient: bool = True) -> Tensor:
@@ -117,14 +125,14 @@ def gather_tokens(x_lBD: Tensor, mesh: Mesh, *, partial_gradient: bool = True) -
         partial_gradient: True where each rank's later work contributes only its own part of the
             gradient (a column-parallel linear follows); False where all ranks compute the same.
     """
-    if mesh.tensor_group is None:
+    if mesh.tensor_size == 1:
         return x_lBD
-    return _Gather.apply(x_lBD, mesh.tensor_group, partial_gradient)
+    return _Gather.apply(x_lBD, mesh, partial_gradient)
 
 
 def reduce_scatter_tokens(x_LBD: Tensor, mesh: Mesh) -> Tensor:
     """Exit of a row-parallel region with sequence parallel: sums, each rank keeping its tokens."""
-    return x_LBD if mesh.tensor_group is None else _ReduceScatter.apply(x_LBD, mesh.tensor_group)
+    return x_LBD if mesh.tensor_size == 1 else _ReduceScatter.apply(x_LBD, mesh)
 
 
 def padded_length(length: int, mesh: Mesh) -> int:

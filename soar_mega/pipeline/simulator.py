@@ -21,7 +21,7 @@ class Costs:
         input_backward: The same of the input gradients.
         weight_backward: The same of the weight gradients. BACKWARD takes the sum of both.
         stage_share: How much of a rank's mean share each stage is; default 1 / v each.
-        measured: Durations that replace all this, by (kind, pass kind, stage).
+        measured: Durations of one state that replace all this, by (kind, pass kind, stage).
         latency: From a send to the arrival.
         unit: Name of the unit.
     """
@@ -36,14 +36,15 @@ class Costs:
 
     @classmethod
     def of(cls, timelines: Iterable[Timeline]) -> Costs:
-        """What the compute actions of recorded steps took: of each sort the median."""
+        """What the compute actions of recorded steps took a state: of each sort the median."""
         found: dict[tuple[Kind, str, int], list[float]] = defaultdict(list)
         for line in timelines:
             for rank in line.ranks:
                 for event in line.compute(rank):
                     stage = line.step.placement.stage(rank, event.action.chunk)
                     p = line.step.by_name[event.action.pass_name]
-                    found[event.action.kind, p.kind, stage].append(event.end - event.start)
+                    seconds = (event.end - event.start) / p.states
+                    found[event.action.kind, p.kind, stage].append(seconds)
         medians = {sort: statistics.median(times) for sort, times in found.items()}
         return cls(measured=medians, unit="s")
 
@@ -56,7 +57,7 @@ class Costs:
         stage, p = step.placement.stage(rank, action.chunk), step.by_name[action.pass_name]
         measured = self.measured.get((action.kind, p.kind, stage))
         if measured is not None:
-            return measured
+            return measured * p.states
         base = {
             Kind.FORWARD: self.forward,
             Kind.BACKWARD: self.input_backward + self.weight_backward,

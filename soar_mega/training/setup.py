@@ -68,7 +68,7 @@ def check(config: Config, process: ProcessEnvironment) -> Checked:
     check_folder(config.model.pretrained)
     architecture = MMDiTConfig.from_diffusers(read_transformer_config(config.model.pretrained))
     check_layout(config, architecture, process.world_size)
-    _check_resolution(config.data.resolution, architecture)
+    check_resolution(config.data.resolution, architecture)
     index = build_index(_patterns(config.data.shards))
     validation = config.validation
     validation_index = None
@@ -98,7 +98,12 @@ def _check_run_folder(config: Config, process: ProcessEnvironment) -> None:
             raise ConfigError(f"run.dir = {config.run.dir} cannot be written: {error}") from error
 
 
-def _check_resolution(resolution: int, architecture: MMDiTConfig) -> None:
+def check_resolution(resolution: int, architecture: MMDiTConfig) -> None:
+    """Refuse pictures larger than the model's position table.
+
+    Raises:
+        ConfigError: Names the setting, its value and the largest that works.
+    """
     side, room = resolution // RESOLUTION_STEP, architecture.pos_embed_max_size
     if side > room:
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,9 @@ MEDIUM = MMDiTConfig(
     caption_projection_dim=1536,
     dual_attention_layers=tuple(range(13)),
     qk_norm="rms_norm",
+)
+SHALLOW = MMDiTConfig(
+    num_layers=8, num_attention_heads=1, caption_projection_dim=64, joint_attention_dim=1
 )
 
 
@@ -40,6 +44,16 @@ def test_cut_balances_flops() -> None:
     costs = [block_flops(MEDIUM, layer, 1024, 154) for layer in range(24)]
     halves = [sum(costs[s.start : s.stop]) for s in stages]
     assert max(halves) < max(sum(costs[:12]), sum(costs[12:]))
+
+
+def test_embeddings_and_head_count() -> None:
+    def lengths(**changes: int) -> list[int]:
+        asked = config(pipeline_model_parallel_size=2)
+        return [len(x) for x in cut_model(asked, replace(SHALLOW, **changes), 64, 64)]
+
+    # One layer less for the stage with half a layer's FLOPs more.
+    assert lengths(joint_attention_dim=64 * 64) == [3, 5]
+    assert lengths(out_channels=16 * 64) == [5, 3]
 
 
 def test_stages_are_ranks_times_virtual_ones() -> None:
