@@ -11,7 +11,7 @@ with sequence parallel (padded to equal shares), all of them without.
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -52,9 +52,14 @@ class PayloadShapes:
     conditioning_BD: Shape
 
     @property
+    def shapes(self) -> tuple[Shape, Shape, Shape]:
+        """In the order of the buffer."""
+        return self.image_lBD, self.text_tBD, self.conditioning_BD
+
+    @property
     def numel(self) -> int:
         """Elements of the flat buffer."""
-        return sum(math.prod(shape) for shape in astuple(self))
+        return sum(math.prod(shape) for shape in self.shapes)
 
 
 @dataclass(frozen=True)
@@ -87,8 +92,8 @@ class Payload:
                 f"a payload of {shapes} needs a flat buffer of {shapes.numel} elements, but this "
                 f"one is {tuple(buffer.shape)}: both ends must agree on the size of the pass"
             )
-        parts = buffer.split([math.prod(shape) for shape in astuple(shapes)])
-        return Payload(*(x.view(shape) for x, shape in zip(parts, astuple(shapes), strict=True)))
+        parts = buffer.split([math.prod(shape) for shape in shapes.shapes])
+        return Payload(*(x.view(shape) for x, shape in zip(parts, shapes.shapes, strict=True)))
 
     def leaves(self) -> Payload:
         """The same memory as the leaves of a stage's graph, which its backward gives gradients."""
