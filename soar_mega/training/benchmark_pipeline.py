@@ -102,11 +102,12 @@ def _measure(
     costs = None
     if work is _computing_rank:
         costs = Costs.of([line for lines in timelines.values() for line in lines])
+    passes = next(iter(timelines.values()))[0].step.passes
     results = {}
     for name, lines in timelines.items():
         lines.sort(key=lambda line: line.makespan)
         median = lines[len(lines) // 2]
-        schedule = _schedule(name, ranks, microbatches)
+        schedule = build_schedule(name, passes, ranks=ranks, microbatches=microbatches)
         results[name] = Measured(
             [line.makespan for line in lines],
             median.bubble,
@@ -116,21 +117,23 @@ def _measure(
     return results
 
 
-def _objective() -> Objective:
-    return make_objective(SoarConfig(name="soar"), shift=3.0, seed=0)
-
-
-def _schedule(name: str, ranks: int, microbatches: int) -> Schedule:
-    return build_schedule(name, _objective().passes(), ranks=ranks, microbatches=microbatches)
+def _objective(case: Case) -> Objective:
+    soar = SoarConfig(
+        name="soar",
+        trajectory_length=case.trajectory_length,
+        aux_group_size=case.aux_group_size,
+    )
+    return make_objective(soar, shift=3.0, seed=0)
 
 
 def _sleeping_rank(
     schedules: Sequence[str], microbatches: int, repeats: int, unit: float
 ) -> dict[str, list[Timeline]]:
     mesh = Mesh.build(pipeline_size=dist.get_world_size())
+    objective = _Idle(_objective(Case()))
     pipelines = {}
     for name in schedules:
-        schedule = _schedule(name, mesh.pipeline_size, microbatches)
+        schedule = _schedule(name, objective, mesh, microbatches)
         chunks = schedule.step.placement.chunks
         stages = [SleepingStage(unit / chunks) for _ in range(chunks)]
         pipelines[name] = Pipeline(stages, mesh, schedule)
@@ -143,7 +146,13 @@ def _sleeping_rank(
         TextCondition(nothing[None], nothing),
         torch.ones(1),
     )
-    return _alternate(pipelines, _Idle(_objective()), [micro] * microbatches, repeats, mesh)
+    return _alternate(pipelines, objective, [micro] * microbatches, repeats, mesh)
+
+
+def _schedule(name: str, objective: Objective, mesh: Mesh, microbatches: int) -> Schedule:
+    return build_schedule(
+        name, objective.passes(), ranks=mesh.pipeline_size, microbatches=microbatches
+    )
 
 
 def _computing_rank(
@@ -162,14 +171,13 @@ def _computing_rank(
     stage = MMDiTStage(architecture, mesh, TorchBackend(), layers=cut[mesh.pipeline_rank])
     initialise(stage, 0)
     parameters = ShardedParameters([stage], mesh)
+    objective = _objective(case)
     pipelines = {
-        name: Pipeline([stage], mesh, _schedule(name, mesh.pipeline_size, microbatches))
+        name: Pipeline([stage], mesh, _schedule(name, objective, mesh, microbatches))
         for name in schedules
     }
     micros = [case.microbatch()] * microbatches
-    return _alternate(
-        pipelines, _objective(), micros, repeats, mesh, before=parameters.zero_gradients
-    )
+    return _alternate(pipelines, objective, micros, repeats, mesh, before=parameters.zero_gradients)
 
 
 def _alternate(

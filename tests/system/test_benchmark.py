@@ -6,18 +6,28 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_record_of_a_small_case(tmp_path: Path) -> None:
+SMALL = ["--layers", "3", "--head-dim", "16", "--dual-layers", "1", "--latent-size", "16"]
+
+
+def record_of(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     out = tmp_path / "result.json"
-    small = ["--layers", "3", "--head-dim", "16", "--dual-layers", "1", "--latent-size", "16"]
-    short = ["--repeats", "1", "--steps", "1", "--threads", "1", "--out", str(out)]
-    command = [sys.executable, str(ROOT / "tools/benchmark.py"), *small, *short]
+    short = ["--repeats", "1", "--out", str(out)]
+    command = [sys.executable, str(ROOT / "tools/benchmark.py"), *arguments, *short]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
-    record = json.loads(out.read_text())
+    record: dict[str, Any] = json.loads(out.read_text())
+    return record
+
+
+def test_record_of_a_small_case(tmp_path: Path) -> None:
+    record = record_of(tmp_path, "step", *SMALL, "--steps", "1", "--threads", "1")
     assert record["case"]["layers"] == 3
     assert len(record["runs"]["ours"]) == len(record["runs"]["plain"]) == 1
     assert record["hardware"] and record["command"].startswith("python tools/benchmark.py")
@@ -25,3 +35,21 @@ def test_record_of_a_small_case(tmp_path: Path) -> None:
     plain, ours = (record["median"][side]["peak_growth_mib"] for side in ("plain", "ours"))
     assert 0 < ours < plain
     assert record["memory_ratio"] == ours / plain
+
+
+def test_schedules_that_sleep(tmp_path: Path) -> None:
+    """No bound on what is measured but that it cannot be faster than the sleeping."""
+    record = record_of(tmp_path, "schedules", "--processes", "2", "--unit", "0.002")
+    found = record["times_as_fast_as_sequential"]
+    assert list(found) == ["sequential", "1f1b", "zero_bubble", "zero_bubble_v"]
+    assert found["sequential"] == {"measured": 1, "simulated": 1}
+    assert found["zero_bubble"]["simulated"] == pytest.approx(51 / 45)
+    for name, seconds in record["seconds"].items():
+        assert all(s >= 44 * 0.002 for s in seconds) and 0 < record["bubble"][name] < 1
+
+
+def test_schedules_on_a_model(tmp_path: Path) -> None:
+    record = record_of(tmp_path, "pipeline", *SMALL, "--trajectory-length", "2")
+    assert list(record["seconds"]) == ["sequential", "1f1b", "zero_bubble"]
+    for ratio in record["times_as_fast_as_sequential"].values():
+        assert ratio["measured"] > 0 and ratio["simulated"] > 0

@@ -8,9 +8,9 @@ from itertools import pairwise
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from soar_mega.pipeline.actions import COMPUTE, Action, Schedule
+from soar_mega.pipeline.actions import COMPUTE, Action, Placement, Schedule
 from soar_mega.pipeline.rendezvous import Rendezvous
-from soar_mega.pipeline.schedules import SCHEDULES, build_schedule
+from soar_mega.pipeline.schedules import SCHEDULES, build_forwards, build_schedule
 from soar_mega.pipeline.schedules_bounds import lower_bound
 from soar_mega.pipeline.simulator import simulate
 from soar_mega.pipeline.validator import problems
@@ -51,6 +51,26 @@ def test_built_schedules_are_valid_and_never_beat_the_bound(schedule: Schedule) 
     if all(p.states == 1 for p in schedule.step.passes):
         sends = [e for rank in timeline.events for e in rank if e.action.kind == "send"]
         assert all(event.end - event.start < 1e-9 for event in sends)
+
+
+@settings(max_examples=60, **RELAXED)
+@given(
+    ranks=st.integers(1, 8),
+    chunks=st.integers(1, 3),
+    folded=st.booleans(),
+    microbatches=st.integers(1, 17),
+)
+def test_forwards_alone_fill_the_pipeline(
+    ranks: int, chunks: int, folded: bool, microbatches: int
+) -> None:
+    """Valid for any placement; one chunk a rank takes no longer than it must."""
+    placement = Placement(ranks, 2, folded=True) if folded else Placement(ranks, chunks)
+    schedule = build_forwards(placement, microbatches)
+    assert problems(schedule) == []
+    timeline = simulate(schedule)
+    assert max(timeline.peak_live) == 0
+    if placement.chunks == 1:
+        assert timeline.makespan == microbatches + ranks - 1
 
 
 @settings(max_examples=20, **RELAXED)
