@@ -66,10 +66,12 @@ class Validation:
         t_K = (torch.arange(K, dtype=torch.float64) + 0.5) / K
         sigma_K = shift_sigma(t_K, shift)
         table_KS = torch.zeros(K, S, dtype=torch.float64, device=mesh.device)
-        own = torch.arange(mesh.data_rank, S, mesh.data_size)
+        own = torch.arange(S)[mesh.data_rank :: mesh.data_size]
         pipeline = run.stepper.pipeline
         with run.stepper.parameters.borrow(run.stepper.ema.shard):
             for samples_B in own.split(run.config.train.micro_batch_size):
+                if not len(samples_B):  # fewer samples than data-parallel ranks
+                    continue
                 cases = [self._case(samples_B, float(sigma_K[k]), k) for k in range(K)]
                 velocities = pipeline.forward([x for x, _ in cases])
                 for k, velocity_BCHW in enumerate(velocities):
