@@ -23,7 +23,10 @@ def main(argv: list[str] | None = None) -> int:
         epilog="examples:\n"
         "  python -m soar_mega.train configs/tiny_soar.yaml train.max_train_steps=5\n"
         "  torchrun --nproc-per-node 2 -m soar_mega.train configs/tiny_soar.yaml "
-        "parallel.tensor_model_parallel_size=2\n\nsettings:\n" + describe_keys(),
+        "parallel.tensor_model_parallel_size=2\n"
+        "  torchrun --nproc-per-node 4 -m soar_mega.train configs/tiny_soar.yaml "
+        "parallel.pipeline_model_parallel_size=4 parallel.pipeline_schedule=zero_bubble\n"
+        "\nsettings:\n" + describe_keys(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="YAML file; its base: may name files to inherit from")

@@ -28,6 +28,8 @@ from soar_mega.training.benchmark_pipeline import BASELINE, Measured, computing,
 
 def main() -> None:
     args = make_parser().parse_args()
+    if args.what != "step" and args.microbatches is None:
+        args.microbatches = args.processes
     record = {"step": step, "schedules": schedules, "pipeline": pipeline}[args.what](args)
     record["command"] = shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
     if args.out is not None:
@@ -48,8 +50,10 @@ def make_parser() -> argparse.ArgumentParser:
         one.add_argument("--out", type=Path, help="write the record as JSON")
         return one
 
-    def case(one: argparse.ArgumentParser) -> None:
+    def case(one: argparse.ArgumentParser, *without: str) -> None:
         for field in fields(Case):
+            if field.name in without:
+                continue
             name = "--" + field.name.replace("_", "-")
             one.add_argument(name, type=int, default=field.default, help="of the measured case")
 
@@ -72,7 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
     one.add_argument("--unit", type=float, default=0.02, help="seconds of a rank's forward")
     one = command("pipeline")
     pipelined(one, 2, ("1f1b", "zero_bubble"))
-    case(one)
+    case(one, "threads")
     return parser
 
 
@@ -85,23 +89,22 @@ def step(args: argparse.Namespace) -> dict[str, Any]:
 
 def schedules(args: argparse.Namespace) -> dict[str, Any]:
     names = list(dict.fromkeys([BASELINE, *args.schedule]))
-    ranks, microbatches = args.processes, args.microbatches or args.processes
-    results = sleeping(names, ranks, microbatches, args.unit, args.repeats)
+    results = sleeping(names, args.processes, args.microbatches, args.unit, args.repeats)
     what = "pipeline schedules with sleeping stages: executor against simulator"
     return report(what, results, args, unit=args.unit)
 
 
 def pipeline(args: argparse.Namespace) -> dict[str, Any]:
     names = list(dict.fromkeys([BASELINE, *args.schedule]))
-    ranks, microbatches = args.processes, args.microbatches or args.processes
-    case = case_of(args)
-    results = computing(names, ranks, microbatches, case, args.repeats)
+    case = case_of(args, threads=1)
+    results = computing(names, args.processes, args.microbatches, case, args.repeats)
     what = "pipeline schedules on a real model: executor against simulator with measured costs"
     return report(what, results, args, case=vars(case))
 
 
-def case_of(args: argparse.Namespace) -> Case:
-    return Case(**{field.name: getattr(args, field.name) for field in fields(Case)})
+def case_of(args: argparse.Namespace, **fixed: int) -> Case:
+    names = [field.name for field in fields(Case) if field.name not in fixed]
+    return Case(**{name: getattr(args, name) for name in names}, **fixed)
 
 
 def report(
@@ -122,7 +125,7 @@ def report(
         "hardware": hardware(),
         "torch": torch.__version__,
         "processes": args.processes,
-        "microbatches": args.microbatches or args.processes,
+        "microbatches": args.microbatches,
         **more,
         "seconds": {name: result.seconds for name, result in results.items()},
         "bubble": {name: result.bubble for name, result in results.items()},

@@ -80,7 +80,8 @@ class _AddingLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
         (x,) = ctx.saved_tensors
-        ctx.gradients.do(partial(_add_gradients, x, grad, ctx.weight, ctx.bias))
+        # Detached: work that waits must not keep the graph behind its input alive.
+        ctx.gradients.do(partial(_add_gradients, x.detach(), grad, ctx.weight, ctx.bias))
         return grad @ ctx.weight if ctx.needs_input_grad[0] else None, None, None, None
 
 

@@ -26,6 +26,7 @@ from soar_mega.data.encoders import FrozenEncoders, sample_latents
 from soar_mega.data.index import DataError, ShardIndex
 from soar_mega.data.sampler import Sampler
 from soar_mega.parallel.collectives import all_gather_into
+from soar_mega.parallel.errors import waiting_for
 from soar_mega.parallel.mesh import Mesh
 from soar_mega.passes import MicroBatch, TextCondition
 from soar_mega.rng import Purpose, normal, uniform
@@ -59,6 +60,7 @@ class _Rows:
         return self._stack.index_select(0, chosen).to(device, non_blocking=True)
 
 
+_PEERS = "the other ranks of its model, to share samples"
 _VALIDATION_CHUNK = 16  # pictures encoded at a time
 
 
@@ -301,7 +303,8 @@ class StepLoader:
         device = self._mesh.device
         own_1 = torch.tensor([failure is not None], dtype=torch.uint8, device=device)
         all_P = torch.empty(self._mesh.model_size, dtype=torch.uint8, device=device)
-        all_gather_into(all_P, own_1, group=self._mesh.model_group)
+        with waiting_for(_PEERS):
+            all_gather_into(all_P, own_1, group=self._mesh.model_group)
         if failure is not None:
             raise failure
         failed = all_P.nonzero().flatten().tolist()
@@ -322,11 +325,12 @@ class StepLoader:
         part_R = like.new_zeros(size, *like.shape)
         part_R[: len(own_R)] = own_R
         all_R = like.new_empty(size * self._mesh.model_size, *like.shape)
-        all_gather_into(
-            all_R.view(-1).view(torch.uint8),
-            part_R.view(-1).view(torch.uint8),
-            group=self._mesh.model_group,
-        )
+        with waiting_for(_PEERS):
+            all_gather_into(
+                all_R.view(-1).view(torch.uint8),
+                part_R.view(-1).view(torch.uint8),
+                group=self._mesh.model_group,
+            )
         return all_R[:total]
 
 

@@ -18,6 +18,7 @@ import torch.distributed._functional_collectives  # registers torch.ops._c10d_fu
 import torch.nn.functional as F
 from torch import Tensor
 
+from soar_mega.parallel.errors import waiting_for
 from soar_mega.parallel.mesh import Mesh
 
 # torch 2.13 renamed the two calls and warns about the old names, which 2.11 alone knows.
@@ -25,6 +26,7 @@ all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_in
 reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+_PEERS = "tensor-parallel peers"
 _on_meta = torch.ops._c10d_functional
 
 
@@ -32,7 +34,8 @@ def _all_reduce(x: Tensor, mesh: Mesh) -> Tensor:
     if x.is_meta:
         return _on_meta.all_reduce(x, "sum", "tensor")
     x = x.contiguous() if not x.is_contiguous() else x.clone()
-    dist.all_reduce(x, group=mesh.tensor_group)
+    with waiting_for(_PEERS):
+        dist.all_reduce(x, group=mesh.tensor_group)
     return x
 
 
@@ -40,7 +43,8 @@ def _all_gather(x: Tensor, mesh: Mesh) -> Tensor:
     if x.is_meta:
         return _on_meta.all_gather_into_tensor(x, mesh.tensor_size, "tensor")
     out = x.new_empty((mesh.tensor_size * x.shape[0], *x.shape[1:]))
-    all_gather_into(out, x.contiguous(), group=mesh.tensor_group)
+    with waiting_for(_PEERS):
+        all_gather_into(out, x.contiguous(), group=mesh.tensor_group)
     return out
 
 
@@ -48,7 +52,8 @@ def _reduce_scatter(x: Tensor, mesh: Mesh) -> Tensor:
     if x.is_meta:
         return _on_meta.reduce_scatter_tensor(x, "sum", mesh.tensor_size, "tensor")
     out = x.new_empty((x.shape[0] // mesh.tensor_size, *x.shape[1:]))
-    reduce_scatter_into(out, x.contiguous(), group=mesh.tensor_group)
+    with waiting_for(_PEERS):
+        reduce_scatter_into(out, x.contiguous(), group=mesh.tensor_group)
     return out
 
 

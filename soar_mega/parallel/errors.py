@@ -13,21 +13,30 @@ class PeerError(RuntimeError):
     """Another process died, hangs or did not answer in time; the message says what was awaited."""
 
 
+class CollectiveError(PeerError):
+    """The other process is missing in a collective."""
+
+
+# RuntimeErrors that are this process's own.
+_OWN_ERRORS = (PeerError, torch.OutOfMemoryError, torch.AcceleratorError, NotImplementedError)
+
+
 @contextmanager
 def waiting_for(what: str) -> Iterator[None]:
     """Name what a collective was for in the error that a lost process causes.
 
     Raises:
-        PeerError: In place of the RuntimeError of torch's backends.
+        CollectiveError: In place of the RuntimeError of torch's backends.
     """
     try:
         yield
-    except (PeerError, torch.OutOfMemoryError):
+    except _OWN_ERRORS:
         raise
     except RuntimeError as error:
-        raise PeerError(f"waiting for {what}: {reason(error)}") from error
+        raise CollectiveError(f"waiting for {what}: {reason(error)}") from error
 
 
 def reason(error: RuntimeError) -> str:
-    """The first line of a backend's error, without the place in its source."""
-    return re.sub(r"^\[\S+\]\s*", "", str(error).splitlines()[0])
+    """The first sentence of a backend's error, without the place in its source."""
+    first = (str(error).splitlines() or [repr(error)])[0].split(". ")[0]
+    return re.sub(r"^\[\S+\]\s*", "", first)

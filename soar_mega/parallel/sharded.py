@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from soar_mega.parallel.collectives import all_gather_into, reduce_scatter_into
+from soar_mega.parallel.errors import waiting_for
 from soar_mega.parallel.layout import GradientKind, ParameterLayout, layout_of
 from soar_mega.parallel.mesh import Mesh
 
@@ -134,12 +135,14 @@ class ShardedParameters:
         """Sum gradients over tensor ranks (partial ones) and data ranks; this rank's share."""
         first, last = self._range["partial"]
         if self.mesh.tensor_group is not None and last > first:
-            dist.all_reduce(self.flat_grad[first:last], group=self.mesh.tensor_group)
+            with waiting_for("tensor-parallel peers, to sum gradients"):
+                dist.all_reduce(self.flat_grad[first:last], group=self.mesh.tensor_group)
         if self.mesh.data_group is None:
             return self.flat_grad
         sent = self.flat_grad.to(self.reduce_dtype)
         shard = sent.new_empty(self.shard_size)
-        reduce_scatter_into(shard, sent, group=self.mesh.data_group)
+        with waiting_for("data-parallel peers, to sum gradients"):
+            reduce_scatter_into(shard, sent, group=self.mesh.data_group)
         return shard.to(self.master_dtype)
 
     def gradient_norm(self, grad_shard: Tensor) -> Tensor:
@@ -148,7 +151,8 @@ class ShardedParameters:
         stop = min(max(counted - self.own_range.start, 0), self.shard_size)
         squared = torch.linalg.vector_norm(grad_shard[:stop], dtype=torch.float64) ** 2
         if self.mesh.world_group is not None:
-            dist.all_reduce(squared, group=self.mesh.world_group)
+            with waiting_for("every other process, to sum the gradient norm"):
+                dist.all_reduce(squared, group=self.mesh.world_group)
         return squared.sqrt()
 
     def publish(self, shard: Tensor | None = None) -> None:
@@ -163,7 +167,8 @@ class ShardedParameters:
         if own.data_ptr() != source.data_ptr():
             own.copy_(source)
         if self.mesh.data_group is not None:
-            all_gather_into(self.flat, own.clone(), group=self.mesh.data_group)
+            with waiting_for("data-parallel peers, to gather weights"):
+                all_gather_into(self.flat, own.clone(), group=self.mesh.data_group)
 
     def borrow(self, shard: Tensor) -> _Borrowed:
         """Context in which the model computes with ``shard`` (the EMA), not the master share."""

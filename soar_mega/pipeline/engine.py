@@ -44,6 +44,12 @@ class Pipeline:
     ) -> None:
         self._mesh, self._stages, self._schedule = mesh, stages, schedule
         self._place = schedule.step.placement
+        owned, ranks = len(stages), len(schedule.actions)
+        if (owned, ranks) != (self._place.chunks, mesh.pipeline_size):
+            raise ValueError(
+                f"{owned} stages on each of {mesh.pipeline_size} pipeline ranks cannot run the "
+                f"schedule {schedule.name} of {self._place.chunks} stages on each of {ranks}"
+            )
         self._transport = None
         if mesh.pipeline_size > 1:
             self._transport = Transport(mesh, self._place, synchronous_sends=synchronous_sends)
@@ -122,7 +128,8 @@ class Pipeline:
         parts = [events]
         if self._mesh.pipeline_group is not None:
             parts = [[] for _ in range(self._mesh.pipeline_size)]
-            dist.all_gather_object(parts, events, group=self._mesh.pipeline_group)
+            with waiting_for("its pipeline's ranks, to gather a timeline"):
+                dist.all_gather_object(parts, events, group=self._mesh.pipeline_group)
         if self._mesh.pipeline_rank != 0:
             return None
         return Timeline(
@@ -131,4 +138,4 @@ class Pipeline:
 
     def _executor(self, schedule: Schedule) -> Executor:
         mesh = self._mesh
-        return Executor(schedule, mesh.pipeline_rank, self._stages, mesh.device, self._transport)
+        return Executor(schedule, self._stages, mesh, self._transport)

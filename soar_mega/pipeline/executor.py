@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from soar_mega.model.payload import PassSize, Payload, PayloadShapes
+from soar_mega.parallel.errors import CollectiveError, PeerError
+from soar_mega.parallel.mesh import Mesh
 from soar_mega.passes import ModelInput, Pass
 from soar_mega.pipeline.actions import Action, Channel, Kind, Message, Schedule
 from soar_mega.pipeline.recorder import NoRecorder, Recorder
@@ -81,23 +83,21 @@ class Executor:
 
     Args:
         schedule: What all ranks do.
-        rank: This pipeline rank.
         stages: The stages this rank owns, by chunk.
-        device: Where they are.
+        mesh: Where this process stands.
         transport: Links to the other ranks; None where there are none.
     """
 
     def __init__(
         self,
         schedule: Schedule,
-        rank: int,
         stages: Sequence[Stage],
-        device: torch.device,
+        mesh: Mesh,
         transport: Transport | None = None,
     ) -> None:
-        self._schedule, self._step, self._rank = schedule, schedule.step, rank
+        self._schedule, self._step, self._rank = schedule, schedule.step, mesh.pipeline_rank
         self._place = schedule.step.placement
-        self._stages, self._device, self._transport = stages, device, transport
+        self._stages, self._mesh, self._transport = stages, mesh, transport
         self._run_kind: dict[Kind, Callable[[Action], None]] = {
             Kind.SEND: self._send,
             Kind.RECEIVE: self._receive,
@@ -108,7 +108,8 @@ class Executor:
         """Do everything on the list.
 
         Raises:
-            PeerError: A message did not come or go; names the action.
+            PeerError: A message did not come or go, or a tensor-parallel peer is lost; names the
+                action.
         """
         self._ends, self._recorder = ends, recorder
         self._graphs: dict[Trip, _Graph] = {}
@@ -121,14 +122,23 @@ class Executor:
             if action.kind in self._run_kind:
                 with recorder.time(action):
                     self._run_kind[action.kind](action)
-            elif action.kind is Kind.FORWARD:
-                self._forward(action)
             else:
-                self._backward(action)
+                self._compute(action)
         if self._transport is not None:
             self._transport.finish()
         left = [*self._graphs, *self._weight_work, *self._made, *self._outgoing]
         assert not left, f"the schedule {self._schedule.name} left {left} undone"
+        del self._ends, self._recorder  # and with them the step's samples
+
+    def _compute(self, action: Action) -> None:
+        try:
+            (self._forward if action.kind is Kind.FORWARD else self._backward)(action)
+        except CollectiveError as error:
+            raise PeerError(
+                f"process {self._mesh.rank} (pipeline rank {self._rank}, tensor-parallel rank "
+                f"{self._mesh.tensor_rank}) was in the {action.kind.replace('_', ' ')} of pass "
+                f"{action.pass_name}, microbatch {action.microbatch}: {error}"
+            ) from error
 
     def _forward(self, action: Action) -> None:
         p, stage = self._step.by_name[action.pass_name], self._stages[action.chunk]
@@ -227,7 +237,7 @@ class Executor:
         else:
             size = self._ends.size(self._step.by_name[action.pass_name], action.microbatch)
             count = stage.payload_shapes(*size).numel
-            buffer = torch.empty(count, dtype=stage.dtype, device=self._device)
+            buffer = torch.empty(count, dtype=stage.dtype, device=self._mesh.device)
         self._transport.post_receive(action, message, buffer)
 
 

@@ -52,12 +52,17 @@ class Costs:
         """Time of a compute action.
 
         Raises:
-            ValueError: ``stage_share`` has not one entry per stage.
+            ValueError: ``stage_share`` has not one entry per stage, or ``measured`` lacks one.
         """
         stage, p = step.placement.stage(rank, action.chunk), step.by_name[action.pass_name]
         measured = self.measured.get((action.kind, p.kind, stage))
         if measured is not None:
             return measured * p.states
+        if self.measured:
+            raise ValueError(
+                f"there is no measured time of a {action.kind.replace('_', ' ')} of {p.kind} on "
+                f"stage {stage}: costs must be of a schedule with the same kinds of backward"
+            )
         base = {
             Kind.FORWARD: self.forward,
             Kind.BACKWARD: self.input_backward + self.weight_backward,

@@ -162,8 +162,14 @@ class Timeline:
 
     @classmethod
     def load(cls, path: Path) -> Timeline:
-        """Read what ``save`` wrote."""
+        """Read what ``save`` wrote.
+
+        Raises:
+            ValueError: It is something else.
+        """
         body = json.loads(path.read_text())
+        if not isinstance(body, dict) or "events" not in body or "passes" not in body:
+            raise ValueError(f"{path} is no recorded timeline: give a run's timeline/step_<n>.json")
         passes = tuple(
             Pass(name, kind, grad, tuple(after), states, first)
             for name, kind, grad, after, states, first in body["passes"]

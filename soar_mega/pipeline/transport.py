@@ -116,7 +116,7 @@ class Transport:
         flight = _Flight(action, buffer, work)
         self._flying.append(flight)
         if self._mesh.device.type == "cuda":
-            self._flying = [f for f in self._flying if not f.work.is_completed()]
+            self._flying = [f for f in self._flying if not self._is_through(f)]
         else:
             # gloo tells of no end but by a wait. That sends may block is what the validator
             # assumes, so waiting for older ones ties no knot, and bounds the buffers.
@@ -136,10 +136,17 @@ class Transport:
             return
         deadline = time.monotonic() + self._timeout.total_seconds()
         for flight in flying:
-            while not flight.work.is_completed():
+            while not self._is_through(flight):
                 if time.monotonic() > deadline:
                     raise self._lost(flight.action, "it did not get through in time")
                 time.sleep(1e-4)
+
+    def _is_through(self, flight: _Flight) -> bool:
+        """Whether a message on a GPU is through; raises if it failed, which also completes it."""
+        if not flight.work.is_completed():
+            return False
+        self._wait(flight)
+        return True
 
     @staticmethod
     def _peer(action: Action) -> int:

@@ -4,8 +4,6 @@
 shows the executor's own behaviour, its messages and waits. ``computing`` trains a real model on two
 processes of one core each. Both run every schedule in turn, in an order that is turned round each
 time, and compare medians within one call.
-
-Legend: B rows, C/H/W latent channels, height, width, D width.
 """
 
 from __future__ import annotations
@@ -13,9 +11,7 @@ from __future__ import annotations
 import os
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,26 +19,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from torch import Tensor
 
 from soar_mega.backends.torch import TorchBackend
 from soar_mega.config import SoarConfig
 from soar_mega.model.init import initialise
-from soar_mega.model.payload import PassSize, Payload, PayloadShapes
 from soar_mega.model.stage import MMDiTStage
 from soar_mega.objectives import make_objective
 from soar_mega.parallel.mesh import Mesh
 from soar_mega.parallel.sharded import ShardedParameters
-from soar_mega.passes import LossTerms, MicroBatch, ModelInput, Objective, Pass, TextCondition
-from soar_mega.pipeline.actions import Schedule
+from soar_mega.passes import MicroBatch, Objective
+from soar_mega.pipeline.actions import Placement, Schedule
 from soar_mega.pipeline.engine import Pipeline
 from soar_mega.pipeline.recorder import Recorder
 from soar_mega.pipeline.schedules import build_schedule
 from soar_mega.pipeline.simulator import Costs, simulate
 from soar_mega.pipeline.stages import cut_layers
 from soar_mega.pipeline.timeline import Timeline
-from soar_mega.telemetry.flops import block_flops, embedding_flops, head_flops
 from soar_mega.training.benchmark import Case
+from soar_mega.training.benchmark_sleeping import IdleObjective, SleepingStage, idle_microbatch
+from soar_mega.training.layout import layer_costs
 
 BASELINE = "sequential"
 
@@ -68,14 +63,16 @@ def sleeping(
     schedules: Sequence[str], ranks: int, microbatches: int, unit: float, repeats: int
 ) -> dict[str, Measured]:
     """Stages that sleep: forward, input and weight gradient a ``unit`` of seconds each a rank."""
-    return _measure(_sleeping_rank, ranks, schedules, microbatches, repeats, unit)
+    timelines = _on_ranks(ranks, _sleeping_rank, schedules, microbatches, repeats, unit)
+    return _beside_simulation(timelines, lambda _: None)
 
 
 def computing(
     schedules: Sequence[str], ranks: int, microbatches: int, case: Case, repeats: int
 ) -> dict[str, Measured]:
     """A real model, a core for each process; the simulator is fed with the measured costs."""
-    return _measure(_computing_rank, ranks, schedules, microbatches, repeats, case)
+    timelines = _on_ranks(ranks, _computing_rank, schedules, microbatches, repeats, case)
+    return _beside_simulation(timelines, Costs.of)
 
 
 def ratios(results: dict[str, Measured]) -> dict[str, dict[str, float]]:
@@ -90,29 +87,24 @@ def ratios(results: dict[str, Measured]) -> dict[str, dict[str, float]]:
     }
 
 
-def _measure(
-    work: Callable[..., dict[str, list[Timeline]]],
-    ranks: int,
-    schedules: Sequence[str],
-    microbatches: int,
-    repeats: int,
-    what: Any,
+def _beside_simulation(
+    timelines: dict[str, list[Timeline]], costs: Callable[[list[Timeline]], Costs | None]
 ) -> dict[str, Measured]:
-    timelines = _on_ranks(ranks, work, schedules, microbatches, repeats, what)
-    costs = None
-    if work is _computing_rank:
-        costs = Costs.of([line for lines in timelines.values() for line in lines])
-    passes = next(iter(timelines.values()))[0].step.passes
+    """Each schedule's repeats, and the simulation with ``costs`` of these."""
     results = {}
     for name, lines in timelines.items():
         lines.sort(key=lambda line: line.makespan)
-        median = lines[len(lines) // 2]
-        schedule = build_schedule(name, passes, ranks=ranks, microbatches=microbatches)
+        median, step = lines[len(lines) // 2], lines[0].step
+        schedule = build_schedule(
+            name,
+            step.passes,
+            ranks=step.placement.ranks,
+            microbatches=step.microbatches,
+            virtual=step.placement.chunks,
+        )
+        simulated = float(simulate(schedule, costs(lines)).makespan)
         results[name] = Measured(
-            [line.makespan for line in lines],
-            median.bubble,
-            float(simulate(schedule, costs).makespan),
-            median,
+            [line.makespan for line in lines], median.bubble, simulated, median
         )
     return results
 
@@ -130,23 +122,15 @@ def _sleeping_rank(
     schedules: Sequence[str], microbatches: int, repeats: int, unit: float
 ) -> dict[str, list[Timeline]]:
     mesh = Mesh.build(pipeline_size=dist.get_world_size())
-    objective = _Idle(_objective(Case()))
+    objective = IdleObjective(_objective(Case()))
     pipelines = {}
     for name in schedules:
         schedule = _schedule(name, objective, mesh, microbatches)
         chunks = schedule.step.placement.chunks
         stages = [SleepingStage(unit / chunks) for _ in range(chunks)]
         pipelines[name] = Pipeline(stages, mesh, schedule)
-    nothing = torch.zeros(1, 1)
-    micro = MicroBatch(
-        0,
-        torch.zeros(1, dtype=torch.int64),
-        torch.zeros(1, 1, 1, 1),
-        TextCondition(nothing[None], nothing),
-        TextCondition(nothing[None], nothing),
-        torch.ones(1),
-    )
-    return _alternate(pipelines, objective, [micro] * microbatches, repeats, mesh)
+    micros = [idle_microbatch()] * microbatches
+    return _alternate(pipelines, objective, micros, repeats, mesh)
 
 
 def _schedule(name: str, objective: Objective, mesh: Mesh, microbatches: int) -> Schedule:
@@ -161,23 +145,28 @@ def _computing_rank(
     mesh = Mesh.build(pipeline_size=dist.get_world_size())
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[mesh.rank % len(cores)]})
-    architecture, image = case.architecture(), (case.latent_size // 2) ** 2
-    cut = cut_layers(
-        [block_flops(architecture, n, image, case.text_tokens) for n in range(case.layers)],
-        embedding_flops(architecture, image, case.text_tokens),
-        head_flops(architecture, image),
-        mesh.pipeline_size,
-    )
-    stage = MMDiTStage(architecture, mesh, TorchBackend(), layers=cut[mesh.pipeline_rank])
-    initialise(stage, 0)
-    parameters = ShardedParameters([stage], mesh)
-    objective = _objective(case)
-    pipelines = {
-        name: Pipeline([stage], mesh, _schedule(name, objective, mesh, microbatches))
-        for name in schedules
-    }
+    objective, before, pipelines = _objective(case), [], {}
+    for name in schedules:
+        schedule = _schedule(name, objective, mesh, microbatches)
+        stages = _stages(case, mesh, schedule.step.placement)
+        before.append(ShardedParameters(stages, mesh).zero_gradients)
+        pipelines[name] = Pipeline(stages, mesh, schedule)
     micros = [case.microbatch()] * microbatches
-    return _alternate(pipelines, objective, micros, repeats, mesh, before=parameters.zero_gradients)
+    return _alternate(
+        pipelines, objective, micros, repeats, mesh, before=lambda: [zero() for zero in before]
+    )
+
+
+def _stages(case: Case, mesh: Mesh, placement: Placement) -> list[MMDiTStage]:
+    """The stages this rank owns, by chunk, with fresh weights."""
+    architecture, image = case.architecture(), (case.latent_size // 2) ** 2
+    cut = cut_layers(*layer_costs(architecture, image, case.text_tokens), placement.stages)
+    stages = []
+    for chunk in range(placement.chunks):
+        layers = cut[placement.stage(mesh.pipeline_rank, chunk)]
+        stages.append(MMDiTStage(architecture, mesh, TorchBackend(), layers=layers))
+        initialise(stages[-1], 0)
+    return stages
 
 
 def _alternate(
@@ -186,7 +175,7 @@ def _alternate(
     micros: list[MicroBatch],
     repeats: int,
     mesh: Mesh,
-    before: Callable[[], None] = lambda: None,
+    before: Callable[[], object] = lambda: None,
 ) -> dict[str, list[Timeline]]:
     """Timelines by schedule, on rank 0; the first round is not counted."""
     found: dict[str, list[Timeline]] = {name: [] for name in pipelines}
@@ -201,93 +190,6 @@ def _alternate(
             if timeline is not None and repeat:
                 found[name].append(timeline)
     return found
-
-
-class SleepingStage:
-    """A stage of an imaginary model; one number a tensor.
-
-    Args:
-        seconds: Of a forward, of an input gradient and of a weight gradient.
-    """
-
-    dtype = torch.float32
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self.held: list[Callable[[], None]] | None = None
-
-    def embed(self, x: ModelInput) -> Payload:
-        return Payload(*(torch.zeros(1, 1, 1, requires_grad=True) for _ in range(3)))
-
-    def run(self, payload: Payload, size: PassSize) -> Payload:
-        return Payload(*_Sleep.apply(*payload.tensors, self))
-
-    def velocity(self, payload: Payload, size: PassSize) -> Tensor:
-        return sum(self.run(payload, size).tensors).view(1, 1, 1, 1)  # type: ignore[union-attr]
-
-    def payload_shapes(self, rows: int, height: int, width: int, text_length: int) -> PayloadShapes:
-        return PayloadShapes((1, 1, 1), (1, 1, 1), (1, 1, 1))
-
-    @contextmanager
-    def hold_weight_gradients(self) -> Iterator[list[Callable[[], None]]]:
-        held: list[Callable[[], None]] = []
-        self.held = held
-        yield held
-        self.held = None
-
-
-class _Sleep(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *parts: Any) -> tuple[Tensor, ...]:
-        *tensors, ctx.stage = parts
-        time.sleep(ctx.stage.seconds)
-        return tuple(x.clone() for x in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        stage = ctx.stage
-        time.sleep(stage.seconds)
-        if stage.held is None:
-            time.sleep(stage.seconds)
-        else:
-            stage.held.append(lambda: time.sleep(stage.seconds))
-        return (*gradients, None)
-
-
-class _Idle:
-    """An objective's passes without its arithmetic."""
-
-    def __init__(self, like: Objective) -> None:
-        self._passes = like.passes()
-
-    def passes(self) -> tuple[Pass, ...]:
-        return self._passes
-
-    def begin(self, micro: MicroBatch) -> MicroBatch:
-        return micro
-
-    def count(self, micro: MicroBatch) -> Tensor:
-        return torch.ones(2, dtype=torch.float64)
-
-    def normaliser(self, counts: Tensor) -> Tensor:
-        return torch.ones(())
-
-    def make_input(self, p: Pass, state: MicroBatch) -> ModelInput:
-        return ModelInput(state.clean_BCHW, state.weight_B, state.prompt)
-
-    def take_output(
-        self, p: Pass, state: MicroBatch, velocity_BCHW: Tensor, normaliser: Tensor
-    ) -> Tensor | None:
-        return velocity_BCHW.sum() if p.grad else None
-
-    def hand_over(self, state: MicroBatch) -> Tensor:
-        return state.clean_BCHW
-
-    def receive(self, state: MicroBatch, guided_BCHW: Tensor) -> None:
-        pass
-
-    def terms(self, state: MicroBatch) -> LossTerms:
-        return LossTerms(*(state.weight_B for _ in range(5)))
 
 
 def _on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> Any:

@@ -33,13 +33,19 @@ def cut_model(
         return given_layout(
             parallel.pipeline_layout, architecture.num_layers, stages, virtual=virtual
         )
+    costs = layer_costs(architecture, image_tokens, text_tokens)
+    return cut_layers(*costs, stages, virtual=virtual)
+
+
+def layer_costs(
+    architecture: MMDiTConfig, image_tokens: int, text_tokens: int
+) -> tuple[list[int], int, int]:
+    """Forward FLOPs of one sample: of each block, of the embeddings, of the head."""
     tokens = image_tokens, text_tokens
-    return cut_layers(
+    return (
         [block_flops(architecture, layer, *tokens) for layer in range(architecture.num_layers)],
         embedding_flops(architecture, *tokens),
         head_flops(architecture, image_tokens),
-        stages,
-        virtual=virtual,
     )
 
 

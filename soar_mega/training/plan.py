@@ -104,6 +104,11 @@ class Plan:
         """Stages of a pipeline rank."""
         return list(self.ranks[rank].stages)
 
+    @property
+    def split(self) -> bool:
+        """Whether the schedule does weight gradients apart from input gradients."""
+        return any(e.action.kind is Kind.INPUT_BACKWARD for e in self.timeline.events[0])
+
     @cached_property
     def memory(self) -> tuple[RankMemory, ...]:
         """By pipeline rank."""
@@ -119,18 +124,13 @@ class Plan:
         largest = max(p.states for p in self.passes)
         buffers = self.timeline.receive_buffers[rank]
         sends = any(e.action.kind is Kind.SEND for e in self.timeline.events[rank])
+        costs = [own.costs(s, p.states, grad=p.grad) for s in own.stages for p in self.passes]
         return RankMemory(
             **plan_memory.states(own.flat),
             position=own.position_bytes,
             encoders=sum(self.encoders.values()),
-            activations=plan_memory.peak_activations(
-                self.timeline, rank, lambda stage, states: own.costs(stage, states).kept
-            ),
-            working=max(
-                own.costs(stage, p.states, grad=p.grad).working
-                for stage in own.stages
-                for p in self.passes
-            ),
+            activations=plan_memory.peak_activations(self.timeline, rank, own.costs),
+            working=max(cost.split_working if self.split else cost.working for cost in costs),
             buffers=(buffers + sends) * own.payload_bytes(largest),
         )
 

@@ -12,8 +12,9 @@ import torch
 
 from soar_mega.checkpoint.errors import CheckpointError
 from soar_mega.parallel.sharded import ShardedParameters
-from soar_mega.pipeline.actions import RELEASES, Kind
+from soar_mega.pipeline.actions import Kind
 from soar_mega.pipeline.timeline import Timeline
+from soar_mega.training.plan_stages import PassCosts
 
 _CLIP_TOKENS = 77
 _ENCODERS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -88,26 +89,30 @@ def states(parameters: ShardedParameters) -> dict[str, int]:
     }
 
 
-def peak_activations(timeline: Timeline, rank: int, kept: Callable[[int, int], int]) -> int:
+def peak_activations(timeline: Timeline, rank: int, costs: Callable[[int, int], PassCosts]) -> int:
     """Most bytes that a rank keeps for its backwards at any moment.
 
-    A microbatch counts as after its forward until its weight gradients are done: where input and
-    weight gradients are apart, what lies between them is taken to be no more.
+    A microbatch counts ``kept`` from its forward to its backward; where backwards are split, from
+    the input gradient to the weight gradient it counts ``held``.
 
     Args:
         timeline: The step.
         rank: Pipeline rank.
-        kept: (stage, states of the pass) -> bytes.
+        costs: (stage, states of the pass) -> of a pass with gradient.
     """
     step, live, peak = timeline.step, 0, 0
     for event in timeline.compute(rank):
         p = step.by_name[event.action.pass_name]
-        stage = step.placement.stage(rank, event.action.chunk)
-        if event.action.kind is Kind.FORWARD and p.grad:
-            live += kept(stage, p.states)
-            peak = max(peak, live)
-        elif event.action.kind in RELEASES:
-            live -= kept(stage, p.states)
+        if not p.grad:
+            continue
+        cost = costs(step.placement.stage(rank, event.action.chunk), p.states)
+        live += {
+            Kind.FORWARD: cost.kept,
+            Kind.BACKWARD: -cost.kept,
+            Kind.INPUT_BACKWARD: cost.held - cost.kept,
+            Kind.WEIGHT_BACKWARD: -cost.held,
+        }[event.action.kind]
+        peak = max(peak, live)
     return peak
 
 

@@ -1,9 +1,9 @@
 """What a pass costs on a stage, found by running the stage on the meta device: shapes, no numbers.
 
 Nothing here is a formula for the model's activations: a torch dispatch mode watches which memory a
-forward makes, what of it is still held when the forward is over, and how much more a backward needs
-for a while. So recomputation, sequence parallelism and whatever a block does are counted as they
-are.
+forward makes, what of it is still held when the forward is over, how much more a backward needs for
+a while, and what one that leaves weight gradients for later still holds when it is over. So
+recomputation, sequence parallelism and whatever a block does are counted as they are.
 
 Legend: L query tokens, S key tokens, B rows, H heads, d head width.
 """
@@ -37,15 +37,22 @@ class PassCosts:
     """One pass of one microbatch through a stage.
 
     Attributes:
-        kept: Bytes held from the forward until the weight gradients are done: what autograd keeps,
-            the received payload and the output.
+        kept: Bytes held from the forward until the backward: what autograd keeps, the received
+            payload and the output.
+        held: Bytes held from an input backward until its weight gradients are done: of every linear
+            the input, recomputed or not, the gradient of the output, and what their graph still
+            ties to them.
         working: Most bytes in use beyond ``kept`` at any moment of forward and backward; of a pass
             without gradient all, the received payload too.
+        split_working: The same where the backward is split: beyond ``kept`` in the forward, beyond
+            the larger of ``kept`` and ``held`` in the input backward, beyond ``held`` after it.
         forward_sent, backward_sent: Bytes a tensor-parallel rank sends (ring collectives).
     """
 
     kept: int
+    held: int
     working: int
+    split_working: int
     forward_sent: float
     backward_sent: float
 
@@ -93,7 +100,7 @@ class MemoryWatch(TorchDispatchMode):
     """Counts the memory that operations make and let go of, and what collectives send.
 
     Args:
-        known: Tensors whose memory does not count: parameters, gradients, buffers, inputs.
+        known: Tensors whose memory does not count: parameters, gradients, buffers, a batch.
         tensor_size: Ranks of the tensor-parallel group.
 
     Attributes:
@@ -103,7 +110,8 @@ class MemoryWatch(TorchDispatchMode):
 
     def __init__(self, known: Iterable[Tensor], tensor_size: int = 1) -> None:
         super().__init__()
-        self._known = {x.untyped_storage()._cdata for x in known}
+        # The storages too: the address of one that is gone may come back as another's.
+        self._known = {x.untyped_storage()._cdata: x.untyped_storage() for x in known}
         self._held: dict[int, weakref.ref[Any]] = {}
         self._tensor_size = tensor_size
         self.live = self.peak = 0
@@ -115,12 +123,14 @@ class MemoryWatch(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._hold(leaf.untyped_storage())
+                self.hold(leaf)
         if func.namespace == "_c10d_functional":
             self._count_sent(func, args[0], result)
         return result
 
-    def _hold(self, storage: torch.UntypedStorage) -> None:
+    def hold(self, x: Tensor) -> None:
+        """Count the memory of ``x`` from now until it is let go of."""
+        storage = x.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._known or key in self._held:
             return
@@ -141,7 +151,7 @@ class MemoryWatch(TorchDispatchMode):
 
 
 def measure_pass(stage: MMDiTStage, size: PassSize, *, grad: bool) -> PassCosts:
-    """Run one pass through a stage, its backward included.
+    """Run one pass through a stage, its backward included: once whole and once split.
 
     Args:
         stage: On the meta device (or a real one, to check this against).
@@ -149,22 +159,62 @@ def measure_pass(stage: MMDiTStage, size: PassSize, *, grad: bool) -> PassCosts:
         grad: Whether the pass has a backward.
 
     Raises:
-        ValueError: The latents do not fit the model.
+        ValueError: The latents do not fit the model, or a pass with gradient runs on parameters
+            without ``main_grad``, whose weight gradients cannot be left for later.
     """
-    forward, inputs = _forward(stage, size)
-    parameters = list(stage.parameters())
-    gradients = [p.main_grad for p in parameters if hasattr(p, "main_grad")]
-    watch = MemoryWatch(
-        [*parameters, *gradients, *stage.buffers(), *inputs], stage.mesh.tensor_size
-    )
-    received = 0 if stage.is_first else inputs[0].untyped_storage().nbytes()
+    if grad and not all(hasattr(p, "main_grad") for p in stage.parameters()):
+        raise ValueError(
+            "parameters without main_grad cannot leave their gradients for later: make "
+            "ShardedParameters of the stage before measuring a pass with gradient"
+        )
+    watch, forward = _watched(stage, size)
     with watch, _gradients(grad):
         out = forward()
         if not grad:
-            return PassCosts(0, watch.peak + received, watch.sent, 0.0)
+            return PassCosts(0, 0, watch.peak, watch.peak, watch.sent, 0.0)
         kept, forward_sent = watch.live, watch.sent
-        torch.autograd.backward(out, [torch.empty_like(x) for x in out])
-    return PassCosts(kept + received, watch.peak - kept, forward_sent, watch.sent - forward_sent)
+        _backward(out)
+    held, split_working = _measure_split(stage, size)
+    return PassCosts(
+        kept, held, watch.peak - kept, split_working, forward_sent, watch.sent - forward_sent
+    )
+
+
+def _measure_split(stage: MMDiTStage, size: PassSize) -> tuple[int, int]:
+    """``held`` and ``split_working``; lets go of things when the executor does."""
+    watch, forward = _watched(stage, size)
+    with watch, _gradients(True):
+        out = forward()
+        kept = watch.live
+        working, watch.peak = watch.peak - kept, kept
+        with stage.hold_weight_gradients() as work:
+            _backward(out)
+        del out, forward  # and the received payload, but for what the work's graph ties up
+        held = watch.live
+        working, watch.peak = max(working, watch.peak - max(kept, held)), held
+        work.reverse()
+        while work:
+            work.pop()()
+    return held, max(working, watch.peak - held)
+
+
+def _backward(out: tuple[Tensor, ...]) -> None:
+    torch.autograd.backward(out, [torch.empty_like(x) for x in out])
+
+
+def _watched(
+    stage: MMDiTStage, size: PassSize
+) -> tuple[MemoryWatch, Callable[[], tuple[Tensor, ...]]]:
+    """A watch that counts the received payload already, and what a pass calls on the stage."""
+    forward, inputs = _forward(stage, size)
+    parameters = list(stage.parameters())
+    known = [*parameters, *stage.buffers()]
+    known += [p.main_grad for p in parameters if hasattr(p, "main_grad")]
+    if stage.is_first:
+        return MemoryWatch([*known, *inputs], stage.mesh.tensor_size), forward
+    watch = MemoryWatch(known, stage.mesh.tensor_size)
+    watch.hold(*inputs)
+    return watch, forward
 
 
 def _gradients(on: bool) -> AbstractContextManager[object]:

@@ -108,9 +108,16 @@ def notes(plan: Plan) -> list[str]:
         "Memory is counted on the model's own operations with a GPU's kernels. Left out: the CUDA "
         "context, the allocator's gaps, kernels' and NCCL's own buffers, the batch and its text."
     )
-    if any(e.action.kind == "weight_backward" for e in plan.timeline.events[0]):
+    if plan.split:
         found.append(
-            "Between input and weight gradients a microbatch is taken to keep all it kept before."
+            "Between input and weight gradients a microbatch keeps the input of every linear, "
+            "recomputed or not, and the gradient of its output."
+        )
+    if len(plan.ranks) > 1:
+        found.append(
+            "Every message between stages is timed as that of one state, although auxiliary passes "
+            "with objective.aux_group_size states send that many times as much, and only one "
+            "outgoing buffer is counted."
         )
     found.append(
         f"Times are modelled, not measured: FLOPs at {plan.efficiency:g} of the peak "

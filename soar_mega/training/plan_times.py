@@ -12,12 +12,8 @@ from soar_mega.model.config import MMDiTConfig
 from soar_mega.pipeline.actions import Kind, Schedule
 from soar_mega.pipeline.simulator import Costs
 from soar_mega.pipeline.stages import stage_cost
-from soar_mega.telemetry.flops import (
-    block_flops,
-    embedding_flops,
-    head_flops,
-    known_peak_tflops,
-)
+from soar_mega.telemetry.flops import known_peak_tflops
+from soar_mega.training.layout import layer_costs
 from soar_mega.training.plan_rank import RankStages
 
 GPUS_PER_NODE = 8
@@ -96,15 +92,14 @@ def modelled_costs(
     """
     place, tensor = schedule.step.placement, config.parallel.tensor_model_parallel_size
     size = ranks[0].size
-    tokens = size.height * size.width // architecture.patch_size**2, size.text_length
-    blocks = [block_flops(architecture, n, *tokens) for n in range(architecture.num_layers)]
-    extras = embedding_flops(architecture, *tokens), head_flops(architecture, tokens[0])
+    image_tokens = size.height * size.width // architecture.patch_size**2
+    flops = layer_costs(architecture, image_tokens, size.text_length)
     rate = gpu.peak_tflops(ranks[0].flat.dtype) * 1e12 * efficiency * tensor
     nvlink = gpu.link(tensor)[1] * 1e9
     measured = {}
     for stage, own in enumerate(layers):
         sent = ranks[place.rank(stage)].costs(stage)
-        compute = stage_cost(own, blocks, *extras) * size.rows / rate
+        compute = stage_cost(own, *flops) * size.rows / rate
         again = compute if config.train.activation_checkpointing == "full" else 0.0
         forward = compute + sent.forward_sent / nvlink
         inputs = compute + again + sent.backward_sent / nvlink

@@ -22,7 +22,6 @@ from soar_mega.checkpoint.importer import (
 )
 from soar_mega.config import Config, ConfigError
 from soar_mega.config.schema import RESOLUTION_STEP
-from soar_mega.config.world import check_world
 from soar_mega.data.encoders import FrozenEncoders, check_folder
 from soar_mega.data.index import ShardIndex, build_index
 from soar_mega.data.loader import StepLoader
@@ -64,7 +63,6 @@ def check(config: Config, process: ProcessEnvironment) -> Checked:
     Raises:
         ConfigError, ValueError: The first problem found, naming setting, value, rule and fix.
     """
-    check_world(config, process.world_size)
     check_folder(config.model.pretrained)
     architecture = MMDiTConfig.from_diffusers(read_transformer_config(config.model.pretrained))
     check_layout(config, architecture, process.world_size)

@@ -82,10 +82,8 @@ class Stepper:
         terms = self.pipeline.train_step(
             self.objective, microbatches, self.objective.normaliser(counts), recorder
         )
-        with waiting_for("data-parallel peers, to sum gradients"):
-            gradient = self.parameters.reduce_gradients()
-        with waiting_for("every other process, to sum the gradient norm"):
-            norm = self.parameters.gradient_norm(gradient)
+        gradient = self.parameters.reduce_gradients()
+        norm = self.parameters.gradient_norm(gradient)
         metrics = loss_metrics(
             terms,
             microbatches,
@@ -103,8 +101,7 @@ class Stepper:
         gradient.mul_(torch.clamp(limit / (norm + 1e-6), max=1.0).to(gradient.dtype))
         self.optimizer.update(gradient, lr)
         self.ema.update(self.parameters.master_shard, self.optimizer.step)
-        with waiting_for("data-parallel peers, to gather weights"):
-            self.parameters.publish()
+        self.parameters.publish()
         return metrics
 
     def _refuse_non_finite(self, step: int, metrics: dict[str, float]) -> None:

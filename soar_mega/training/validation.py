@@ -16,6 +16,7 @@ from torch import Tensor
 
 from soar_mega.data.loader import load_validation
 from soar_mega.objectives.sigmas import shift_sigma
+from soar_mega.parallel.errors import waiting_for
 from soar_mega.passes import ModelInput, TextCondition
 from soar_mega.rng import Purpose, normal
 from soar_mega.sampling.generate import generate, start_noise
@@ -137,7 +138,8 @@ class Validation:
         parts = [pictures]
         if mesh.data_group is not None:
             parts = [{} for _ in range(mesh.data_size)]
-            dist.all_gather_object(parts, pictures, group=mesh.data_group)
+            with waiting_for("data-parallel peers, to gather pictures"):
+                dist.all_gather_object(parts, pictures, group=mesh.data_group)
         if mesh.rank != 0:
             return None
         everything = {number: picture for part in parts for number, picture in part.items()}

@@ -44,6 +44,8 @@ class Case:
     synchronous: bool = False
     recompute: str = "none"
     collect: bool = False
+    settings: tuple[tuple[str, Any], ...] = ()
+    dtype: torch.dtype = torch.float64
 
 
 @dataclass
@@ -67,10 +69,16 @@ class Result:
     velocities: list[Tensor]
 
 
-def objective() -> Objective:
-    config = SoarConfig(
-        name="soar", trajectory_length=3, aux_group_size=2, num_rollout_paths=2, lambda_aux=0.7
-    )
+SETTINGS: dict[str, Any] = {
+    "trajectory_length": 3,
+    "aux_group_size": 2,
+    "num_rollout_paths": 2,
+    "lambda_aux": 0.7,
+}
+
+
+def objective(changes: tuple[tuple[str, Any], ...] = ()) -> Objective:
+    config = SoarConfig(name="soar", **SETTINGS | dict(changes))
     return make_objective(config, shift=3.0, seed=5, dtype=torch.float64)
 
 
@@ -148,7 +156,7 @@ def graphs() -> int:
 
 
 def run_case(mesh: Mesh, case: Case) -> Result:
-    soar = objective()
+    soar = objective(case.settings)
     schedule = build_schedule(
         case.schedule, soar.passes(), ranks=mesh.pipeline_size, microbatches=case.microbatches
     )
@@ -158,7 +166,7 @@ def run_case(mesh: Mesh, case: Case) -> Result:
         build(mesh, cut[place.stage(mesh.pipeline_rank, chunk)], case.recompute)
         for chunk in range(place.chunks)
     ]
-    parameters = ShardedParameters(stages, mesh, torch.float64, torch.float64)
+    parameters = ShardedParameters(stages, mesh, case.dtype, torch.float64)
     pipeline = Pipeline(stages, mesh, schedule, synchronous_sends=case.synchronous)
     micros = [microbatch(number) for number in range(case.microbatches)]
     counts = torch.stack([soar.count(micro) for micro in micros]).sum(dim=0)
@@ -190,6 +198,10 @@ CASES: dict[int, list[Case]] = {
         *(Case(name, 3) for name in SCHEDULES),
         Case("zero_bubble", 2, recompute="full"),
         Case("zero_bubble_v", 2, recompute="selective"),
+        Case("zero_bubble", 2, settings=(("reuse_base_forward", False),)),
+        Case("1f1b", 2, settings=(("cfg_scale_sampling", 1.0),)),
+        Case("zero_bubble_v", 2, settings=(("lambda_aux", 0.0),)),
+        *(Case(name, 2, dtype=torch.bfloat16) for name in ("zero_bubble", "zero_bubble_v")),
     ],
     4: [Case(name, m, synchronous=m == 4) for name, m in product(SCHEDULES, (2, 4))],
 }
@@ -198,11 +210,12 @@ CASES: dict[int, list[Case]] = {
 @pytest.mark.parametrize("world", CASES)
 def test_equals_one_process(world: int) -> None:
     ranks = run_ranks(world, run_cases, CASES[world])
-    alone: dict[int, Result] = {}
+    alone: dict[Case, Result] = {}
     for number, case in enumerate(CASES[world]):
-        if case.microbatches not in alone:
-            alone[case.microbatches] = run_cases([Case("1f1b", case.microbatches)])[0]
-        compare([rank[number] for rank in ranks], alone[case.microbatches], case)
+        like = Case("1f1b", case.microbatches, settings=case.settings, dtype=case.dtype)
+        if like not in alone:
+            alone[like] = run_cases([like])[0]
+        compare([rank[number] for rank in ranks], alone[like], case)
 
 
 def compare(results: list[Result], expected: Result, case: Case) -> None:
@@ -211,8 +224,10 @@ def compare(results: list[Result], expected: Result, case: Case) -> None:
         assert not gradients.keys() & result.gradients.keys(), "a parameter belongs to one rank"
         gradients |= result.gradients
     assert gradients.keys() == expected.gradients.keys()
+    # In bf16 the conditioning's gradient is rounded where stages meet; losses are the same bits.
+    close = 1e-11 if case.dtype == torch.float64 else 0.02
     for name, gradient in expected.gradients.items():
-        assert (gradients[name] - gradient).norm() <= 1e-11 * gradient.norm(), (case, name)
+        assert (gradients[name] - gradient).norm() <= close * gradient.norm(), (case, name)
     told = [result.terms for result in results if result.terms]
     assert len(told) == 1
     assert all(map(torch.equal, flat(told[0]), flat(expected.terms))), case

@@ -217,7 +217,7 @@ def test_checkpoint_and_export_hold_the_weights_without_padding(
     config = MMDiTConfig.from_diffusers(store.read_extra(path)["model"]["transformer"])
     stage = MMDiTStage(config, Mesh.single(), TorchBackend())
     expected = joined([rank.padded for rank in on_four.ranks], weights, stage)
-    load_checkpoint_weights(path, stage, Mesh.single(), weights)
+    load_checkpoint_weights(path, [stage], Mesh.single(), weights)
     for name, parameter in stage.named_parameters():
         assert torch.equal(parameter.detach().view(expected[name].shape), expected[name]), name
     export(path, tmp_path / "out", weights=weights, transformer_only=True)

@@ -49,7 +49,9 @@ def test_schedules_that_sleep(tmp_path: Path) -> None:
 
 
 def test_schedules_on_a_model(tmp_path: Path) -> None:
-    record = record_of(tmp_path, "pipeline", *SMALL, "--trajectory-length", "2")
-    assert list(record["seconds"]) == ["sequential", "1f1b", "zero_bubble"]
+    flags = ["--trajectory-length", "2", "--layers", "4", "--schedule", "zero_bubble_v"]
+    record = record_of(tmp_path, "pipeline", *SMALL, *flags)
+    assert list(record["seconds"]) == ["sequential", "zero_bubble_v"]
+    assert record["case"]["threads"] == 1
     for ratio in record["times_as_fast_as_sequential"].values():
         assert ratio["measured"] > 0 and ratio["simulated"] > 0

@@ -11,15 +11,16 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 from tests.runs import REPOSITORY, Tiny
 
-RANKS, LOST = 3, 1
 TIMEOUT_S = 15.0
 AWAITED = re.compile(
-    r"process (\d) \(pipeline rank \1\) was (sending|receiving) the (activation|gradient|hand-over)"
+    r"process (\d) \(pipeline rank \d\) was (sending|receiving) the (activation|gradient|hand-over)"
     r" of pass (\w+), microbatch (\d+), (?:to|from) pipeline rank (\d) .* after ([\d.]+) s"
+)
+TENSOR_PEER = (
+    "process {rank} (pipeline rank {pipeline}, tensor-parallel rank 0) was in the backward of pass "
+    "aux0, microbatch 1: waiting for tensor-parallel peers: "
 )
 
 
@@ -29,13 +30,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start(tiny: Tiny, folder: Path, rank: int, port: int, how: str) -> subprocess.Popen[str]:
+def start(
+    tiny: Tiny, folder: Path, rank: int, port: int, how: str, lost: int, pipeline: int, tensor: int
+) -> subprocess.Popen[str]:
+    world = str(pipeline * tensor)
     environment = {
         **os.environ,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(RANKS),
-        "LOCAL_WORLD_SIZE": str(RANKS),
+        "WORLD_SIZE": world,
+        "LOCAL_WORLD_SIZE": world,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
@@ -43,12 +47,13 @@ def start(tiny: Tiny, folder: Path, rank: int, port: int, how: str) -> subproces
     arguments = tiny.arguments(
         "soar",
         folder / "run",
-        f"parallel.pipeline_model_parallel_size={RANKS}",
+        f"parallel.pipeline_model_parallel_size={pipeline}",
+        f"parallel.tensor_model_parallel_size={tensor}",
         "parallel.pipeline_schedule=1f1b",
         f"parallel.distributed_timeout_minutes={TIMEOUT_S / 60}",
         "train.max_train_steps=2",
     )
-    command = [sys.executable, "-m", "tests.system.lose_a_rank", how, str(LOST), "aux0", "1"]
+    command = [sys.executable, "-m", "tests.system.lose_a_rank", how, str(lost), "aux0", "1"]
     return subprocess.Popen(
         [*command, *arguments],
         cwd=REPOSITORY,
@@ -59,37 +64,53 @@ def start(tiny: Tiny, folder: Path, rank: int, port: int, how: str) -> subproces
     )
 
 
-@pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
-def test_others_end_and_name_what_they_waited_for(how: str, tiny: Tiny, tmp_path: Path) -> None:
+def lose(
+    tiny: Tiny, folder: Path, how: str, lost: int, pipeline: int, tensor: int
+) -> tuple[dict[int, str], float]:
+    """What each other rank wrote to stderr, and how long it took until the last had ended."""
     port = free_port()
-    processes = [start(tiny, tmp_path, rank, port, how) for rank in range(RANKS)]
+    parts = (port, how, lost, pipeline, tensor)
+    ranks = range(pipeline * tensor)
+    processes = [start(tiny, folder, rank, *parts) for rank in ranks]
     try:
-        lost = tmp_path / f"out{LOST}"
         deadline = time.monotonic() + 120
-        while "lost at" not in lost.read_text():
-            assert time.monotonic() < deadline, (tmp_path / f"err{LOST}").read_text()
+        while "lost at" not in (folder / f"out{lost}").read_text():
+            assert time.monotonic() < deadline, (folder / f"err{lost}").read_text()
             time.sleep(0.05)
         since = time.monotonic()
-        others = [rank for rank in range(RANKS) if rank != LOST]
+        others = [rank for rank in ranks if rank != lost]
         for rank in others:
             assert processes[rank].wait(2 * TIMEOUT_S + 10) == 1
         took = time.monotonic() - since
         if how == "SIGKILL":
-            assert processes[LOST].wait(5) == -signal.SIGKILL
+            assert processes[lost].wait(5) == -signal.SIGKILL
         else:
-            state = (
-                Path(f"/proc/{processes[LOST].pid}/stat").read_text().rpartition(")")[2].split()[0]
-            )
-            assert state == "T"
-        # A hung rank is found by the timeout, a dead one by its closed connection.
-        assert took < (TIMEOUT_S + 10 if how == "SIGSTOP" else 10)
-        for rank in others:
-            found = AWAITED.search((tmp_path / f"err{rank}").read_text())
-            assert found, (tmp_path / f"err{rank}").read_text()
-            assert (int(found[1]), int(found[6])) == (rank, LOST)
-            if how == "SIGSTOP":
-                assert float(found[7]) <= TIMEOUT_S + 1
+            status = Path(f"/proc/{processes[lost].pid}/stat").read_text()
+            assert status.rpartition(")")[2].split()[0] == "T", "it is stopped, not gone"
+        return {rank: (folder / f"err{rank}").read_text() for rank in others}, took
     finally:
         for process in processes:
             process.kill()
             process.wait()
+
+
+def test_hung_rank(tiny: Tiny, tmp_path: Path) -> None:
+    """The middle of three: both neighbours wait for it, until the configured time is over."""
+    errors, took = lose(tiny, tmp_path, "SIGSTOP", 1, pipeline=3, tensor=1)
+    assert took < TIMEOUT_S + 10
+    for rank, error in errors.items():
+        found = AWAITED.search(error)
+        assert found, error
+        assert (int(found[1]), int(found[6])) == (rank, 1)
+        assert TIMEOUT_S - 1 < float(found[7]) < TIMEOUT_S + 1
+
+
+def test_dead_rank(tiny: Tiny, tmp_path: Path) -> None:
+    """Of two times two: found at once by its closed connections, by its tensor peer too."""
+    errors, took = lose(tiny, tmp_path, "SIGKILL", 3, pipeline=2, tensor=2)
+    assert took < 10
+    assert TENSOR_PEER.format(rank=2, pipeline=1) in errors[2], errors[2]
+    # The others wait for one of those two, by message or within a tensor-parallel layer.
+    for rank in (0, 1):
+        named = AWAITED.search(errors[rank]) or "waiting for tensor-parallel peers" in errors[rank]
+        assert named and re.search(r"of pass \w+, microbatch \d", errors[rank]), errors[rank]

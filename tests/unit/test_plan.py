@@ -21,13 +21,16 @@ from soar_mega.model.config import MMDiTConfig
 from soar_mega.model.payload import PassSize
 from soar_mega.model.stage import MMDiTStage
 from soar_mega.parallel.mesh import Mesh
+from soar_mega.pipeline.actions import Action, Kind, Placement, Step
 from soar_mega.pipeline.schedules import SCHEDULES, build_schedule
 from soar_mega.pipeline.simulator import simulate
+from soar_mega.pipeline.timeline import Event, Timeline
 from soar_mega.telemetry.flops import forward_flops, training_factor
 from soar_mega.training import plan_memory
 from soar_mega.training.layout import check_layout, cut_model
 from soar_mega.training.plan import Plan, make_plan
 from soar_mega.training.plan_rank import rank_stages
+from soar_mega.training.plan_stages import PassCosts
 from soar_mega.training.plan_table import summary, table
 from soar_mega.training.plan_times import GPUS, Gpu
 from tests.unit.schedule_cases import soar_passes
@@ -49,14 +52,22 @@ SMALL = MMDiTConfig(
 H200 = GPUS["H200"]
 
 
-@pytest.fixture
-def small(tmp_path: Path) -> Path:
+def model_folder(parent: Path) -> Path:
     """A model folder with nothing but the transformer's config."""
-    folder = tmp_path / "small" / "transformer"
+    folder = parent / "small" / "transformer"
     folder.mkdir(parents=True)
     body = {"_class_name": "SD3Transformer2DModel", **SMALL.to_diffusers()}
     (folder / "config.json").write_text(json.dumps(body))
     return folder.parent
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    return model_folder(tmp_path)
+
+
+def costs_of(kept: int, held: int) -> PassCosts:
+    return PassCosts(kept, held, working=0, split_working=0, forward_sent=0, backward_sent=0)
 
 
 def configuration(folder: Path, **sections: dict[str, Any]) -> Config:
@@ -229,7 +240,9 @@ def test_activations_follow_the_schedule() -> None:
         schedule = build_schedule(name, soar_passes(3, group=2), ranks=3, microbatches=4)
         timeline = simulate(schedule)
         for rank in timeline.ranks:
-            equal = plan_memory.peak_activations(timeline, rank, lambda stage, states: 10 * states)
+            equal = plan_memory.peak_activations(
+                timeline, rank, lambda stage, states: costs_of(10 * states, 10 * states)
+            )
             live = timeline.peak_live[rank] * schedule.step.placement.chunks
             assert Fraction(equal, 10) == live
 
@@ -237,7 +250,46 @@ def test_activations_follow_the_schedule() -> None:
 def test_activations_are_those_of_the_stages_that_are_live() -> None:
     """A V on one rank with one microbatch: both its stages are live before the first backward."""
     timeline = simulate(build_schedule("zero_bubble_v", soar_passes(0), ranks=1, microbatches=1))
-    assert plan_memory.peak_activations(timeline, 0, lambda stage, _: (3, 40)[stage]) == 43
+    costs = costs_of(3, 0), costs_of(40, 0)
+    assert plan_memory.peak_activations(timeline, 0, lambda stage, _: costs[stage]) == 43
+
+
+def timeline_of(*actions: tuple[Kind, int]) -> Timeline:
+    """Of one rank: kinds and microbatches."""
+    step = Step(Placement(1, 1, False), soar_passes(0), microbatches=3)
+    events = (Event(Action(kind, "base", n), at, at + 1) for at, (kind, n) in enumerate(actions))
+    return Timeline("by hand", step, (tuple(events),))
+
+
+@pytest.mark.parametrize(
+    ("kept", "held", "peak"),
+    [
+        (10, 10, 30),  # all three, from the last forward on
+        (10, 1, 21),  # before the second input backward: 1 + 10 + 10
+        (1, 10, 21),  # after the second input backward: 10 + 10 + 1
+    ],
+)
+def test_a_split_backward_keeps_other_bytes_after_it(kept: int, held: int, peak: int) -> None:
+    F, I, W = Kind.FORWARD, Kind.INPUT_BACKWARD, Kind.WEIGHT_BACKWARD  # noqa: E741
+    timeline = timeline_of(
+        *((F, 0), (F, 1), (I, 0), (F, 2), (I, 1), (W, 0), (I, 2), (W, 1), (W, 2))
+    )
+    costs = costs_of(kept, held)
+    assert plan_memory.peak_activations(timeline, 0, lambda *_: costs) == peak
+    whole = timeline_of((F, 0), (F, 1), (Kind.BACKWARD, 0), (F, 2), (Kind.BACKWARD, 1))
+    assert plan_memory.peak_activations(whole, 0, lambda *_: costs) == 2 * kept
+
+
+def test_recomputation_saves_little_where_backwards_are_split(small: Path) -> None:
+    def activations(schedule: str, recompute: str) -> int:
+        parallel = {"pipeline_model_parallel_size": 2, "pipeline_schedule": schedule}
+        train = {"activation_checkpointing": recompute}
+        plan = plan_of(small, 2, parallel=parallel, train=train)
+        return max(memory.activations for memory in plan.memory)
+
+    none, full = (activations("zero_bubble", r) for r in ("none", "full"))
+    assert full > 4 * activations("1f1b", "full")
+    assert 0.5 * none < full < none < 1.2 * activations("1f1b", "none")
 
 
 def test_encoders_as_they_are_loaded(tmp_path: Path) -> None:

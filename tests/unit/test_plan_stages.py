@@ -70,8 +70,12 @@ def test_meta_counts_what_the_cpu_holds(recompute: str, layers: range) -> None:
     real, counted = (measure_pass(stage, SIZE, grad=True) for stage in (on_cpu, on_meta))
     assert counted.kept == real.kept + attentions * RANDOM_STATE
     assert counted.working == pytest.approx(real.working, rel=0.01)
+    # After an input backward nothing of the attention is left.
+    assert counted.held == real.held
+    assert counted.split_working == pytest.approx(real.split_working, rel=0.01)
     real, counted = (measure_pass(stage, SIZE, grad=False) for stage in (on_cpu, on_meta))
-    assert counted.kept == real.kept == 0
+    assert counted.kept == real.kept == counted.held == real.held == 0
+    assert counted.split_working == counted.working
     assert counted.working == pytest.approx(real.working, rel=0.01)
 
 
@@ -93,6 +97,31 @@ def test_kept_is_what_autograd_saves() -> None:
         keep(x)
     total = sum(size for place, size in saved.items() if place not in known)
     assert measure_pass(stage, SIZE, grad=True).kept == total
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_held_is_what_the_weight_gradients_need(recompute: str) -> None:
+    """Another way to count: every linear's input and output gradient, each memory once."""
+    stage = stage_on("cpu", TorchBackend(), range(1, 3), recompute=recompute)
+    shapes = stage.payload_shapes(*SIZE)
+    out = stage.run(Payload.unpack(torch.zeros(shapes.numel), shapes).leaves(), SIZE)
+    with stage.hold_weight_gradients() as work:
+        out.backward(Payload.unpack(torch.zeros(shapes.numel), shapes))
+    # Two modulations; a dual block's image in, out, MLP, second in and out; the text's; no dual.
+    assert len(work) == 2 * 2 + 6 + 4 + 2 * 4
+    pairs = [x for entry in work for x in entry.args[:2]]  # type: ignore[attr-defined]
+    needed = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in pairs}
+    held = measure_pass(stage, SIZE, grad=True).held
+    # At most the received payload and its gradient besides.
+    assert 0 <= held - sum(needed.values()) <= 2 * shapes.numel * 4
+
+
+def test_without_main_grad_nothing_is_measured() -> None:
+    mesh = Mesh.single("meta")
+    stage = MMDiTStage(architecture(), mesh, GpuBackend())
+    assert measure_pass(stage, SIZE, grad=False).working > 0
+    with pytest.raises(ValueError, match="make ShardedParameters"):
+        measure_pass(stage, SIZE, grad=True)
 
 
 def test_recomputation_keeps_less_and_works_more() -> None:
