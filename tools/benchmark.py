@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Benchmarks on the CPU; each compares its sides within one call and prints ratios of medians.
 
 step        memory and speed of a SOAR step against a plain loop on diffusers' own model

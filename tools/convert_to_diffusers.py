@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Write a checkpoint of ours as a diffusers folder."""
 
 from __future__ import annotations

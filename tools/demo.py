@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Pretrain a tiny SD3.5 on real handwriting, continue with SOAR, open the result in diffusers."""
 
 from __future__ import annotations

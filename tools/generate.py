@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Draw pictures through our model, from a diffusers folder or from a checkpoint of ours."""
 
 from __future__ import annotations
