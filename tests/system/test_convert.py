@@ -34,7 +34,7 @@ from soar_mega.model.stage import MMDiTStage
 from soar_mega.parallel.mesh import Mesh
 from soar_mega.parallel.sharded import ShardedParameters
 from soar_mega.passes import TextCondition
-from soar_mega.sampling.generate import generate, start_noise
+from soar_mega.sampling.generate import generate, one_by_one, start_noise
 from soar_mega.sampling.pictures import grid, to_pictures
 from tools import convert_to_diffusers
 from tools import generate as generate_tool
@@ -223,7 +223,7 @@ def test_latents_equal_the_pipelines(base: Path, guidance: float) -> None:
     load_diffusers_transformer(base, [stage], Mesh.single())
     for batch in (None, 2):
         ours = generate(
-            stage,
+            one_by_one(stage),
             TextCondition(text, pooled),
             TextCondition(no_text[:1], no_pooled[:1]),
             base / "scheduler",

@@ -120,8 +120,13 @@ def test_costs_scale_with_stages_passes_and_latency() -> None:
     schedule = build_schedule("1f1b", soar_passes(0), ranks=2, microbatches=1)
     assert simulate(schedule, Costs(2, 3, 4, latency=0.5)).makespan == 2 + 0.5 + 2 + 7 + 0.5 + 7
     assert simulate(schedule, Costs(stage_share=(1, 3))).makespan == 4 * 3
-    measured = {(Kind.FORWARD, "base", 1): 10.0}
-    assert simulate(schedule, Costs(measured=measured)).makespan == 1 + 10 + 2 + 2
+    kinds = (Kind.FORWARD, Kind.BACKWARD)
+    measured = {(kind, "base", stage): 2.0 for kind in kinds for stage in (0, 1)}
+    measured[Kind.FORWARD, "base", 1] = 10.0
+    assert simulate(schedule, Costs(measured=measured)).makespan == 2 + 10 + 2 + 2
+    del measured[Kind.BACKWARD, "base", 1]
+    with pytest.raises(ValueError, match="no measured time of a backward of base on stage 1"):
+        simulate(schedule, Costs(measured=measured))
     with pytest.raises(ValueError, match="stage_share"):
         simulate(schedule, Costs(stage_share=(1.0,)))
     grouped = build_schedule("1f1b", soar_passes(3, group=2), ranks=1, microbatches=1)
