@@ -24,7 +24,7 @@ from tools import prepare_data
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "prepare_data.py"
-SHARDS = 100
+SHARDS = 60
 
 
 def environment() -> dict[str, str]:

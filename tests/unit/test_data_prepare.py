@@ -81,11 +81,12 @@ def test_jsonl_of_image_and_caption(tmp_path: Path, rooted: bool) -> None:
 def test_jsonl_of_hy_soar(tmp_path: Path) -> None:
     put(tmp_path / "a1.png", picture(0))
     put(tmp_path / "b2.webp", picture(1, kind="WEBP"))
+    put(tmp_path.parent / "up.png", picture(2))
     rows = [
         {"md5": "a1", "caption_en": "first", "bw": 512, "bh": 512},
         {"md5": "b2", "caption_en": "second", "bw": 512, "bh": 512},
         {"md5": "c3", "caption_en": "nowhere"},
-        {"md5": "../a1", "caption_en": "outside"},
+        {"md5": "../up", "caption_en": "outside"},
     ]
     table = put(tmp_path / "lists" / "soar.jsonl", "\n".join(map(json.dumps, rows)))
     prepare([str(table)], tmp_path / "out", root=str(tmp_path))
@@ -146,7 +147,7 @@ def test_refusals_by_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         "bare": (jpeg, None, "no caption"),
         "big": (picture(0, (21, 20)), b"c", "too many pixels"),
         "blank": (jpeg, b"\xef\xbb\xbf \n", "no caption"),
-        "cut": (jpeg[:-200], b"c", "truncated or damaged image"),
+        "cut": (picture(3)[:-24], b"c", "truncated or damaged image"),
         "empty": (b"", b"c", "not an image"),
         "gif": (gif, b"c", "not an image"),
         "heavy": (jpeg + bytes(10_000), b"c", "too many bytes"),
