@@ -5,8 +5,8 @@ the first dot of the file name), where a sample is one image (jpg, jpeg, png, we
 (txt, or json with a ``caption`` string; txt wins where both exist). Members are never extracted:
 a scan keeps offsets and sizes, and ``ShardIndex`` reads single members by position.
 
-``scan_shard`` is the only function that looks inside a tar: whatever else can produce a ``Shard``
-(an index file next to the tar, for example) can take its place.
+``scan_members``, under ``scan_shard``, is the only function that looks inside a tar: whatever else
+can produce a ``Shard`` (an index file next to the tar, for example) can take its place.
 """
 
 from __future__ import annotations
@@ -243,6 +243,10 @@ class _HeaderFile(io.FileIO):
         return super().read(size)
 
 
+# Key -> extension -> (offset, size) in bytes of the member's data.
+Members = dict[str, dict[str, tuple[int, int]]]
+
+
 def scan_shard(path: str) -> Shard:
     """Read the member headers of one tar.
 
@@ -250,7 +254,17 @@ def scan_shard(path: str) -> Shard:
         DataError: The file cannot be read, is no complete uncompressed tar, has duplicate members,
             has images without captions, or has members but no image.
     """
-    members: dict[str, dict[str, tuple[int, int]]] = {}
+    return _group(path, *scan_members(path))
+
+
+def scan_members(path: str) -> tuple[int, Members, Counter[str]]:
+    """The tar's length in bytes, its images and captions by key, and counts of what is ignored.
+
+    Raises:
+        DataError: The file cannot be read, is no complete uncompressed tar, or has duplicate
+            members.
+    """
+    members: Members = {}
     ignored: Counter[str] = Counter()
     try:
         with _HeaderFile(path) as file:
@@ -266,14 +280,14 @@ def scan_shard(path: str) -> Shard:
             f"{path}: not readable as an uncompressed tar ({error}): truncated, damaged, "
             "compressed or without permission. Write or copy it again, or take it out."
         ) from error
-    return _group(path, size, members, ignored)
+    return size, members, ignored
 
 
 def _take(
     path: str,
     size: int,
     info: tarfile.TarInfo,
-    members: dict[str, dict[str, tuple[int, int]]],
+    members: Members,
     ignored: Counter[str],
 ) -> None:
     """Note one member, or count why not."""
@@ -332,7 +346,7 @@ def _check_end(path: str, file: _HeaderFile, end: int, size: int) -> None:
 def _group(
     path: str,
     size: int,
-    members: dict[str, dict[str, tuple[int, int]]],
+    members: Members,
     ignored: Counter[str],
 ) -> Shard:
     keys: list[str] = []

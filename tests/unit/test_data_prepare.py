@@ -1,0 +1,441 @@
+"""Shards made of folders, tables and tars hold what was given, and say what was not usable."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import signal
+import tarfile
+import zlib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from soar_mega.data import decode, prepare_check, prepare_write
+from soar_mega.data import prepare as prepare_module
+from soar_mega.data.index import MAX_CAPTION_BYTES, DataError, build_index
+from soar_mega.data.prepare import prepare
+from soar_mega.data.prepare_write import index_path, key_of
+from tests.unit.test_data_index import picture, write_tar
+from tools import prepare_data
+
+
+def put(path: Path, data: bytes | str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data.encode() if isinstance(data, str) else data)
+    return path
+
+
+def photos(folder: Path, count: int) -> Path:
+    """``count`` pictures with captions, in two folders."""
+    for n in range(count):
+        put(folder / str(n % 2) / f"p{n:02d}.png", picture(n))
+        put(folder / str(n % 2) / f"p{n:02d}.txt", f" caption {n}\n")
+    return folder
+
+
+def samples(out: Path) -> list[tuple[str, bytes]]:
+    """(caption, image bytes) as the trainer's index reads them."""
+    index = build_index(str(out / "*.tar"))
+    return [(index.read_caption(n), index.read_image(n)) for n in range(len(index))]
+
+
+def expected(count: int) -> list[tuple[str, bytes]]:
+    return [(f"caption {n}", picture(n)) for n in range(count)]
+
+
+def refused(out: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (out / "refused.jsonl").read_text().splitlines()]
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+
+# --- inputs ------------------------------------------------------------------------------------
+
+
+def test_folder(tmp_path: Path) -> None:
+    prepare([str(photos(tmp_path / "in", 5))], tmp_path / "out")
+    order = [0, 2, 4, 1, 3]  # by path
+    assert samples(tmp_path / "out") == [expected(5)[n] for n in order]
+    assert refused(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("rooted", [False, True])
+def test_jsonl_of_image_and_caption(tmp_path: Path, rooted: bool) -> None:
+    table = tmp_path / ("lists" if rooted else "in") / "rows.jsonl"
+    photos(tmp_path / "in", 4)
+    rows = [{"image": f"{n % 2}/p{n:02d}.png", "caption": f"caption {n}"} for n in range(4)]
+    put(table, "\n".join(map(json.dumps, rows)) + "\n\n")
+    prepare([str(table)], tmp_path / "out", root=str(tmp_path / "in") if rooted else None)
+    assert samples(tmp_path / "out") == expected(4)
+
+
+def test_jsonl_of_hy_soar(tmp_path: Path) -> None:
+    put(tmp_path / "a1.png", picture(0))
+    put(tmp_path / "b2.webp", picture(1, kind="WEBP"))
+    put(tmp_path.parent / "up.png", picture(2))
+    rows = [
+        {"md5": "a1", "caption_en": "first", "bw": 512, "bh": 512},
+        {"md5": "b2", "caption_en": "second", "bw": 512, "bh": 512},
+        {"md5": "c3", "caption_en": "nowhere"},
+        {"md5": "../up", "caption_en": "outside"},
+    ]
+    table = put(tmp_path / "lists" / "soar.jsonl", "\n".join(map(json.dumps, rows)))
+    prepare([str(table)], tmp_path / "out", root=str(tmp_path))
+    wanted = [("first", picture(0)), ("second", picture(1, kind="WEBP"))]
+    assert samples(tmp_path / "out") == wanted
+    assert [(row["source"], row["reason"]) for row in refused(tmp_path / "out")] == [
+        ("soar.jsonl:3", "no image"),
+        ("soar.jsonl:4", "no image"),
+    ]
+
+
+def test_csv(tmp_path: Path) -> None:
+    photos(tmp_path, 2)
+    long = 'of "two", lines\n' + "x" * 200_000  # longer than the csv module's own limit
+    with open(tmp_path / "rows.csv", "w", newline="") as file:
+        csv.writer(file).writerows(
+            [["n", "caption", "image"], [1, long, "0/p00.png"], [2, "b", "1/p01.png"], [3, "c"]]
+        )
+    before = csv.field_size_limit()
+    prepare([str(tmp_path / "rows.csv")], tmp_path / "out")
+    assert samples(tmp_path / "out") == [(long, picture(0)), ("b", picture(1))]
+    assert [row["reason"] for row in refused(tmp_path / "out")] == ["no image"]
+    assert csv.field_size_limit() == before
+
+
+def test_tars_as_img2dataset_writes_them(tmp_path: Path) -> None:
+    about = json.dumps({"caption": "of json", "url": "x"}).encode()
+    members = [("0.jpg", picture(0)), ("0.txt", b"of txt"), ("0.json", about)]
+    members += [("1.jpg", picture(1)), ("1.json", about), ("2.json", about), ("3.jpg", picture(3))]
+    members += [("4.jpg", picture(4)), ("4.json", b'{"caption": null}'), ("0.npy", b"x")]
+    write_tar(tmp_path / "b.tar", members)
+    write_tar(tmp_path / "a.tar", [("0.jpg", picture(9)), ("0.txt", b"of a")])
+    prepare([str(tmp_path / "*.tar")], tmp_path / "out")
+    wanted = [("of a", picture(9)), ("of txt", picture(0)), ("of json", picture(1))]
+    assert samples(tmp_path / "out") == wanted
+    assert [(row["source"], row["reason"]) for row in refused(tmp_path / "out")] == [
+        ("b.tar:2", "no image"),
+        ("b.tar:3", "no caption"),
+        ("b.tar:4", "no caption"),
+        ("b.tar", "other file"),
+    ]
+    # PNG bytes called jpg are called png in the shard.
+    with tarfile.open(tmp_path / "out" / "train-000000.tar") as tar:
+        names = [name.rpartition(".")[2] for name in tar.getnames()]
+    assert names == ["png", "txt"] * 3
+
+
+# --- what is refused ---------------------------------------------------------------------------
+
+
+def test_refusals_by_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_check, "MAX_PIXELS", 400)
+    monkeypatch.setattr(prepare_check, "MAX_IMAGE_BYTES", 10_000)
+    jpeg = picture(3, kind="JPEG")
+    gif = picture(1, kind="GIF")
+    long = "é" * (MAX_CAPTION_BYTES // 2)
+    cases: dict[str, tuple[bytes, bytes | None, str]] = {
+        "bare": (jpeg, None, "no caption"),
+        "big": (picture(0, (21, 20)), b"c", "too many pixels"),
+        "blank": (jpeg, b"\xef\xbb\xbf \n", "no caption"),
+        "cut": (picture(3)[:-24], b"c", "truncated or damaged image"),
+        "empty": (b"", b"c", "not an image"),
+        "gif": (gif, b"c", "not an image"),
+        "heavy": (jpeg + bytes(10_000), b"c", "too many bytes"),
+        "latin": (jpeg, b"caf\xe9", "caption not UTF-8"),
+        "long": (jpeg, (long + "x").encode(), "caption too long"),
+        "text": (b"no picture", b"c", "not an image"),
+    }
+    for name, (image, caption, _) in cases.items():
+        put(tmp_path / "in" / f"{name}.jpg", image)
+        if caption is not None:
+            put(tmp_path / "in" / f"{name}.txt", caption)
+    put(tmp_path / "in" / "just.jpg", picture(0, (20, 20)))
+    put(tmp_path / "in" / "just.txt", long)
+    put(tmp_path / "in" / "lonely.txt", "c")
+    put(tmp_path / "in" / "notes.md", "c")
+    photos(tmp_path / "elsewhere", 1)
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "elsewhere")
+    report = prepare([str(tmp_path / "in")], tmp_path / "out")
+    found = {row["source"]: row["reason"] for row in refused(tmp_path / "out")}
+    assert found == {
+        **{f"{name}.jpg": kind for name, (_, _, kind) in cases.items()},
+        "lonely.txt": "no image",
+        "notes.md": "other file",
+        "link": "other file",
+    }
+    assert report.refused == Counter(found.values())
+    assert "13 refused" in str(report) and "3 not an image" in str(report)
+    assert samples(tmp_path / "out") == [(long, picture(0, (20, 20)))]
+
+
+def test_refused_rows_of_a_jsonl(tmp_path: Path) -> None:
+    put(tmp_path / "a.png", picture())
+    rows = [
+        b"{broken",
+        b"[1]",
+        b'{"image": "a.png"}',
+        b'{"image": "a.png", "caption": 7}',
+        b'{"image": "a.png", "caption": "caf\xe9"}',
+        b'{"image": "a.png", "caption": "\\ud800"}',
+        b'{"image": "none.png", "caption": "c"}',
+        b'{"image": "a\\u0000.png", "caption": "c"}',
+        b'{"caption": "c"}',
+        b'{"image": "a.png", "caption": "good"}',
+    ]
+    put(tmp_path / "rows.jsonl", b"\n".join(rows))
+    prepare([str(tmp_path / "rows.jsonl")], tmp_path / "out")
+    assert samples(tmp_path / "out") == [("good", picture())]
+    assert [(row["source"], row["reason"]) for row in refused(tmp_path / "out")] == [
+        ("rows.jsonl:1", "unreadable row"),
+        ("rows.jsonl:2", "unreadable row"),
+        ("rows.jsonl:3", "no caption"),
+        ("rows.jsonl:4", "no caption"),
+        ("rows.jsonl:5", "caption not UTF-8"),
+        ("rows.jsonl:6", "caption not UTF-8"),
+        ("rows.jsonl:7", "no image"),
+        ("rows.jsonl:8", "unreadable image"),
+        ("rows.jsonl:9", "no image"),
+    ]
+
+
+def test_the_pixel_limit_is_the_decoders(tmp_path: Path) -> None:
+    assert prepare_check.MAX_PIXELS == decode.MAX_PIXELS
+    side = 2**13 + 1  # a header that claims this, without the pixels
+    raw = bytearray(picture())
+    raw[16:24] = side.to_bytes(4, "big") * 2
+    raw[29:33] = zlib.crc32(raw[12:29]).to_bytes(4, "big")
+    put(tmp_path / "in" / "a.png", bytes(raw))
+    put(tmp_path / "in" / "a.txt", "c")
+    with pytest.raises(DataError, match="none of 1 candidates"):
+        prepare([str(tmp_path / "in")], tmp_path / "out")
+    assert [row["reason"] for row in refused(tmp_path / "out")] == ["too many pixels"]
+
+
+# --- the shards --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "sizes"),
+    [(10, 4, [3, 3, 4]), (8, 4, [4, 4]), (9, 8, [4, 5]), (3, 100, [3]), (3, 1, [1, 1, 1])],
+)
+def test_balance(tmp_path: Path, count: int, most: int, sizes: list[int]) -> None:
+    report = prepare(
+        [str(photos(tmp_path / "in", count))], tmp_path / "out", prefix="v", samples_per_shard=most
+    )
+    assert [path.name for path in report.shards] == [f"v-{n:06d}.tar" for n in range(len(sizes))]
+    shards = build_index(list(map(str, report.shards))).shards
+    assert [len(shard.keys) for shard in shards] == sizes
+    assert Counter(samples(tmp_path / "out")) == Counter(expected(count))
+
+
+def test_keys_are_unique_and_safe(tmp_path: Path) -> None:
+    names = ["a.b.c", "../a", "ä/ö", " x" * 100, "", "a"]
+    made = [key_of(n, name) for n, name in enumerate(names)]
+    assert made[:2] == ["00000000-a_b_c", "00000001-_a"]
+    for key in made:
+        assert len(key) < 95 and key.isascii() and not set(key) & set("./ ")
+    for folder in ("x", "y"):
+        put(tmp_path / "in" / folder / "same.v1.png", picture(3))
+        put(tmp_path / "in" / folder / "same.v1.txt", "c")
+    prepare([str(tmp_path / "in")], tmp_path / "out")
+    (shard,) = build_index(str(tmp_path / "out" / "*.tar")).shards
+    assert shard.keys == ["00000000-same_v1", "00000001-same_v1"]
+
+
+def test_index_tells_the_truth(tmp_path: Path) -> None:
+    photos(tmp_path / "in", 5)
+    turned = Image.new("RGB", (30, 10), "red")
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    data = io.BytesIO()
+    turned.save(data, "JPEG", exif=exif)
+    put(tmp_path / "in" / "turned.jpg", data.getvalue())
+    put(tmp_path / "in" / "turned.txt", "on its side")
+    report = prepare([str(tmp_path / "in")], tmp_path / "out", samples_per_shard=4)
+    rows: list[dict[str, Any]] = []
+    for path in report.shards:
+        whole = path.read_bytes()
+        index = json.loads(index_path(path).read_text())
+        assert (index["shard"], index["size"]) == (path.name, len(whole))
+        (scanned,) = build_index(str(path)).shards
+        assert [row["key"] for row in index["samples"]] == scanned.keys
+        for row in index["samples"]:
+            at, size = row["image"]
+            image = whole[at : at + size]
+            assert hashlib.sha256(image).hexdigest() == row["sha256"]
+            assert image == (tmp_path / "in" / row["source"]).read_bytes()
+            at, size = row["caption"]
+            text = (tmp_path / "in" / row["source"]).with_suffix(".txt").read_text().strip()
+            assert whole[at : at + size].decode() == text
+        rows += index["samples"]
+    assert [(row["width"], row["height"]) for row in rows] == [(16, 16)] * 5 + [(10, 30)]
+
+
+# --- going on ----------------------------------------------------------------------------------
+
+
+def test_same_bytes_whoever_makes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photos(tmp_path / "in", 9)
+    put(tmp_path / "in" / "bad.png", b"")
+    prepare([str(tmp_path / "in")], tmp_path / "one", samples_per_shard=2)
+    monkeypatch.setattr(prepare_module, "CHUNK", 3)
+    os.rename(tmp_path / "in", tmp_path / "moved")
+    prepare([str(tmp_path / "moved")], tmp_path / "two", samples_per_shard=2, workers=2)
+    assert len(contents(tmp_path / "one")) == 5 * 2 + 2
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_a_killed_worker_is_told() -> None:
+    with pytest.raises(DataError, match=r"--workers=2: a worker was killed"):
+        list(prepare_module._parallel(signal.raise_signal, [signal.SIGKILL] * 2, 2, ""))
+
+
+class Stopped(BaseException):
+    pass
+
+
+class Renames:
+    """os.replace, counted; the one after ``allowed`` stops the run."""
+
+    def __init__(self, allowed: int = 1000) -> None:
+        self.allowed, self.done, self.real = allowed, 0, os.replace
+
+    def __call__(self, old: Any, new: Any) -> None:
+        if self.done == self.allowed:
+            raise Stopped
+        self.done += 1
+        self.real(old, new)
+
+
+# 3 chunks, refused.jsonl and plan.json, 3 shards with their indexes; what is left to rename.
+@pytest.mark.parametrize(
+    ("stop", "left"),
+    [*enumerate([11, 10, 9, 8, 8]), *enumerate([6, 6, 4, 4, 2, 2], 5)],
+)
+def test_goes_on_from_every_rename(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int, left: int
+) -> None:
+    folder, out = str(photos(tmp_path / "in", 5)), tmp_path / "out"
+    monkeypatch.setattr(prepare_module, "CHUNK", 2)
+    prepare([folder], tmp_path / "whole", samples_per_shard=2)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(os, "replace", Renames(stop))
+        prepare([folder], out, samples_per_shard=2)
+    assert len(list(out.rglob(".*.partial"))) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", renames := Renames())
+        report = prepare([folder], out, samples_per_shard=2)
+    assert renames.done == left
+    assert (report.samples, report.written) == (5, min(left // 2, 3))
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_what_is_complete_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photos(tmp_path / "in", 6)
+    arguments: dict[str, Any] = {"out": tmp_path / "out", "samples_per_shard": 2}
+    prepare([str(tmp_path / "in")], **arguments)
+    whole = contents(tmp_path / "out")
+    cut = tmp_path / "out" / "train-000001.tar"
+    cut.write_bytes(cut.read_bytes()[:-1])
+    index_path(tmp_path / "out" / "train-000002.tar").unlink()
+    written: list[str] = []
+    real = prepare_write.write_shard
+
+    def noting(job: prepare_write.ShardJob) -> int:
+        written.append(job.path.name)
+        return real(job)
+
+    monkeypatch.setattr(prepare_module, "write_shard", noting)
+    monkeypatch.setattr(prepare_module, "check", None)  # the plan stands
+    assert prepare([str(tmp_path / "in")], **arguments).written == 2
+    assert written == ["train-000001.tar", "train-000002.tar"]
+    assert contents(tmp_path / "out") == whole
+
+
+def test_another_plan_is_refused(tmp_path: Path) -> None:
+    folder, out = str(photos(tmp_path / "in", 4)), tmp_path / "out"
+    prepare([folder], out)
+    before = contents(out)
+    for other in ({"samples_per_shard": 2}, {"prefix": "other"}):
+        with pytest.raises(DataError, match=r"plan\.json is of another input"):
+            prepare([folder], out, **other)  # type: ignore[arg-type]
+    photos(tmp_path / "in", 5)
+    with pytest.raises(DataError, match=r"plan\.json is of another input"):
+        prepare([folder], out)
+    assert contents(out) == before
+    (out / "plan.json").unlink()
+    with pytest.raises(DataError, match=r"no plan\.json"):
+        prepare([folder], out)
+
+
+@pytest.mark.parametrize("name", ["p00.png", "p00.txt"])
+def test_input_that_changed_after_the_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    photos(tmp_path / "in", 2)
+    changed = tmp_path / "in" / "0" / name
+    make_plan = prepare_module._make_plan
+
+    def meddling(*arguments: Any) -> Any:
+        plan = make_plan(*arguments)
+        changed.write_bytes(changed.read_bytes().swapcase())
+        return plan
+
+    monkeypatch.setattr(prepare_module, "_make_plan", meddling)
+    with pytest.raises(DataError, match=r"0/p00\.png: its image or caption has changed"):
+        prepare([str(tmp_path / "in")], tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.tar"))
+
+
+# --- settings ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["--samples-per-shard", "0"], "--samples-per-shard=0: must be at least 1"),
+        (["--workers", "0"], "--workers=0"),
+        (["--prefix", "a/b"], "--prefix='a/b'"),
+        (["--out", "in/shards"], "lies in the input"),
+        (["no.txt"], "INPUT='no.txt'"),
+        (["none.jsonl"], "none.jsonl"),
+        (["none*.tar"], "none*.tar"),
+        (["bare.csv"], "no column caption"),
+        (["cut.tar"], "cut.tar"),
+    ],
+)
+def test_settings_that_cannot_be(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    settings: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    photos(Path("in"), 1)
+    put(Path("bare.csv"), "image,title\na,b\n")
+    put(Path("cut.tar"), write_tar(Path("t.tar"), [("a.png", picture())]).read_bytes()[:600])
+    where = [] if "--out" in settings else ["--out", "out"]
+    assert prepare_data.main([*settings, "in", *where]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith("error: ") and message in printed.err
+
+
+def test_the_command_prints_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos(tmp_path / "in", 3)
+    put(tmp_path / "in" / "x.png", b"")
+    arguments = [str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--samples-per-shard=2"]
+    assert prepare_data.main([*arguments, "--workers=1"]) == 0
+    printed = capsys.readouterr().out
+    assert "3 samples in 2 shards (2 new)" in printed and "1 no caption" in printed
+    assert os.access(prepare_data.__file__, os.X_OK)
