@@ -154,6 +154,8 @@ def test_refusals_by_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         "latin": (jpeg, b"caf\xe9", "caption not UTF-8"),
         "long": (jpeg, (long + "x").encode(), "caption too long"),
         "text": (b"no picture", b"c", "not an image"),
+        # Its header is whole: only decoding tells.
+        "torn": (jpeg[:-4], b"c", "truncated or damaged image"),
     }
     for name, (image, caption, _) in cases.items():
         put(tmp_path / "in" / f"{name}.jpg", image)
@@ -174,7 +176,7 @@ def test_refusals_by_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         "link": "other file",
     }
     assert report.refused == Counter(found.values())
-    assert "13 refused" in str(report) and "3 not an image" in str(report)
+    assert "14 refused" in str(report) and "3 not an image" in str(report)
     assert samples(tmp_path / "out") == [(long, picture(0, (20, 20)))]
 
 
