@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         return _fail(error, EXIT_CONFIG_ERROR)
     # torch and the model libraries take seconds to import; a typo is told before.
-    from soar_mega.data.index import DataError
+    from soar_mega.data.errors import DataError
     from soar_mega.parallel.errors import PeerError
     from soar_mega.training.step import NotFiniteError
     from soar_mega.training.trainer import train

@@ -19,8 +19,8 @@ from soar_mega import train as command_line
 from soar_mega.checkpoint import store
 from soar_mega.checkpoint.boxes import BoxedTensor
 from soar_mega.config import Config, load_config
-from soar_mega.data import digits
-from soar_mega.data.tiny import TinySizes, make_tiny, write_shards
+from soar_mega.data.tiny import digits
+from soar_mega.data.tiny.pipeline import TinySizes, make_tiny, write_shards
 from soar_mega.launch.environment import ProcessEnvironment
 from soar_mega.parallel.layout import layout_of, local_slice, real_part
 from soar_mega.parallel.mesh import Mesh

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from soar_mega.data.tiny import TinySizes, make_tiny
+from soar_mega.data.tiny.pipeline import TinySizes, make_tiny
 
 
 def main() -> None:

@@ -8,8 +8,8 @@ import os
 import sys
 from pathlib import Path
 
-from soar_mega.data.index import DataError
-from soar_mega.data.prepare import prepare
+from soar_mega.data.errors import DataError
+from soar_mega.data.prepare.run import prepare
 
 _EPILOG = """\
 INPUT is one of

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import torch
 
-from soar_mega.data import digits, tiny_text, tiny_vae
+from soar_mega.data.tiny import digits
+from soar_mega.data.tiny import text as tiny_text
+from soar_mega.data.tiny import vae as tiny_vae
 
 
 def _report(step: int, loss: float, seconds: float) -> None:

@@ -21,10 +21,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from soar_mega.data.decode import decode_image
+from soar_mega.data.decode.pil import decode_image
 from soar_mega.data.encoders import FrozenEncoders, sample_latents
-from soar_mega.data.index import DataError, ShardIndex
+from soar_mega.data.errors import DataError
 from soar_mega.data.sampler import Sampler
+from soar_mega.data.shards.index import ShardIndex
 from soar_mega.parallel.collectives import all_gather_into
 from soar_mega.parallel.errors import waiting_for
 from soar_mega.parallel.mesh import Mesh

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from soar_mega.data.digits import PICTURE_SIZE, Scene, held_out_scenes
 from soar_mega.data.libraries import quiet_libraries
+from soar_mega.data.tiny.digits import PICTURE_SIZE, Scene, held_out_scenes
 from soar_mega.evaluation.digits import load_reader
 from soar_mega.evaluation.report import table, write_report
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from soar_mega.data import digits
+from soar_mega.data.tiny import digits
 
 Picture = Image.Image | np.ndarray
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from soar_mega.data import digits
+from soar_mega.data.tiny import digits
 from soar_mega.evaluation.digits import DigitReader, Picture, Reading, score_readings
 
 Scores = Mapping[str, float | int]

@@ -23,9 +23,9 @@ from soar_mega.checkpoint.importer import (
 from soar_mega.config import Config, ConfigError
 from soar_mega.config.schema import RESOLUTION_STEP
 from soar_mega.data.encoders import FrozenEncoders, check_folder
-from soar_mega.data.index import ShardIndex, build_index
 from soar_mega.data.loader import StepLoader
 from soar_mega.data.sampler import Sampler
+from soar_mega.data.shards.index import ShardIndex, build_index
 from soar_mega.launch.environment import ProcessEnvironment
 from soar_mega.model.config import MMDiTConfig
 from soar_mega.model.init import initialise

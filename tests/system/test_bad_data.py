@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from soar_mega.data.decode import decode_image
+from soar_mega.data.decode.pil import decode_image
 from soar_mega.data.encoders import FolderError, FrozenEncoders
-from soar_mega.data.index import DataError, build_index
+from soar_mega.data.errors import DataError
+from soar_mega.data.shards.index import build_index
 
 
 def png() -> bytes:
@@ -48,7 +49,7 @@ def uncaptioned(folder: Path) -> str:
 
 def truncated(folder: Path) -> str:
     path = tar_of(folder / "train-0.tar", {"a.png": png(), "a.txt": b"x"})
-    path.write_bytes(path.read_bytes()[:700])
+    path.write_bytes(path.read_bytes()[:300])
     return str(path)
 
 
@@ -70,8 +71,8 @@ def dangling(folder: Path) -> str:
     ("make", "words"),
     [
         (missing, ["no shard matches", "train-*.tar", "Correct the path"]),
-        (uncaptioned, ["train-1.tar", "2 of 2 samples have no caption", "Add the captions"]),
-        (truncated, ["train-0.tar", "truncated", "Write or copy it again"]),
+        (uncaptioned, ["train-1.tar", "none of its 2 samples has a caption", "Add the captions"]),
+        (truncated, ["train-0.tar", "not readable", "Write or copy it again"]),
         (empty_file, ["train-0.tar", "not readable", "again"]),
         (no_samples, ["hold no sample", "Point the setting"]),
         (dangling, ["no shard matches"]),

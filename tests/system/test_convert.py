@@ -26,9 +26,9 @@ from soar_mega.checkpoint.importer import (
     load_weights,
     read_transformer_config,
 )
-from soar_mega.data.tiny import TinySizes, make_transformer
-from soar_mega.data.tiny_text import load_text_parts
-from soar_mega.data.tiny_vae import make_vae
+from soar_mega.data.tiny.pipeline import TinySizes, make_transformer
+from soar_mega.data.tiny.text import load_text_parts
+from soar_mega.data.tiny.vae import make_vae
 from soar_mega.model.config import MMDiTConfig
 from soar_mega.model.stage import MMDiTStage
 from soar_mega.parallel.mesh import Mesh

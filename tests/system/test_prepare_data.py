@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from soar_mega.data.index import build_index
-from soar_mega.data.prepare import prepare
+from soar_mega.data.prepare.run import prepare
+from soar_mega.data.shards.index import build_index
 from tests.unit.test_data_index import picture, write_tar
 from tools import prepare_data
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from soar_mega.data.decode import MAX_PIXELS, decode_image
-from soar_mega.data.index import DataError
+from soar_mega.data.decode.pil import MAX_PIXELS, decode_image
+from soar_mega.data.errors import DataError
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from soar_mega.data.decode import decode_image
+from soar_mega.data.decode.pil import decode_image
 from soar_mega.data.encoders import FolderError, FrozenEncoders, check_folder, sample_latents
-from soar_mega.data.index import build_index
 from soar_mega.data.loader import StepLoader, load_validation
 from soar_mega.data.sampler import Sampler
+from soar_mega.data.shards.index import build_index
 from soar_mega.parallel.mesh import Mesh
 from soar_mega.rng import Purpose, normal
 from tests.unit.test_data_index import write_shards

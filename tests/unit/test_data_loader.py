@@ -17,9 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from soar_mega.data.encoders import FrozenEncoders
-from soar_mega.data.index import DataError, ShardIndex, build_index
+from soar_mega.data.errors import DataError
 from soar_mega.data.loader import StepLoader
 from soar_mega.data.sampler import Sampler
+from soar_mega.data.shards.index import ShardIndex, build_index
 from soar_mega.parallel.mesh import Mesh
 from soar_mega.passes import MicroBatch, TextCondition
 from tests.distributed.harness import run_ranks

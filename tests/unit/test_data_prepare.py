@@ -17,11 +17,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from soar_mega.data import decode, prepare_check, prepare_write
-from soar_mega.data import prepare as prepare_module
-from soar_mega.data.index import MAX_CAPTION_BYTES, DataError, build_index
-from soar_mega.data.prepare import prepare
-from soar_mega.data.prepare_write import index_path, key_of
+from soar_mega.data.decode import pil as decode
+from soar_mega.data.errors import DataError
+from soar_mega.data.prepare import check as prepare_check
+from soar_mega.data.prepare import run as prepare_module
+from soar_mega.data.prepare import write as prepare_write
+from soar_mega.data.prepare.run import prepare
+from soar_mega.data.prepare.write import index_path, key_of
+from soar_mega.data.shards.index import MAX_CAPTION_BYTES, build_index
 from tests.unit.test_data_index import picture, write_tar
 from tools import prepare_data
 
@@ -402,6 +405,19 @@ def test_input_that_changed_after_the_check(
 # --- settings ----------------------------------------------------------------------------------
 
 
+def test_of_a_tar_cut_short_the_whole_samples_are_taken(tmp_path: Path) -> None:
+    members = [
+        (f"{n}.{kind}", data) for n in "abc" for kind, data in [("png", picture()), ("txt", b"x")]
+    ]
+    tar = write_tar(tmp_path / "t.tar", members)
+    tar.write_bytes(tar.read_bytes()[: 5 * 1024 - 100])  # a member is a header and a block of data
+    prepare([str(tar)], tmp_path / "out")
+    index = build_index(str(tmp_path / "out" / "*.tar"))
+    assert len(index) == 2
+    refused = (tmp_path / "out" / "refused.jsonl").read_text()
+    assert "tar cut short" in refused
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -426,7 +442,7 @@ def test_settings_that_cannot_be(
     monkeypatch.chdir(tmp_path)
     photos(Path("in"), 1)
     put(Path("bare.csv"), "image,title\na,b\n")
-    put(Path("cut.tar"), write_tar(Path("t.tar"), [("a.png", picture())]).read_bytes()[:600])
+    put(Path("cut.tar"), write_tar(Path("t.tar"), [("a.png", picture())]).read_bytes()[:300])
     where = [] if "--out" in settings else ["--out", "out"]
     assert prepare_data.main([*settings, "in", *where]) == 1
     printed = capsys.readouterr()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from soar_mega.data import digits
+from soar_mega.data.tiny import digits
 
 
 def test_a_caption_tells_the_whole_scene() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from soar_mega.data import digits
+from soar_mega.data.tiny import digits
 from soar_mega.evaluation.digits import DigitReader, Reading, load_reader, score_readings
 from soar_mega.evaluation.report import picture_grid, table, write_report
 

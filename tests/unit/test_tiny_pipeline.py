@@ -13,8 +13,10 @@ import torch
 import webdataset
 from PIL import Image
 
-from soar_mega.data import digits, tiny_text, tiny_vae
-from soar_mega.data.tiny import TinySizes, make_tiny, make_transformer, write_shards
+from soar_mega.data.tiny import digits
+from soar_mega.data.tiny import text as tiny_text
+from soar_mega.data.tiny import vae as tiny_vae
+from soar_mega.data.tiny.pipeline import TinySizes, make_tiny, make_transformer, write_shards
 from soar_mega.evaluation.digits import load_reader
 
 TRAIN, HELD_OUT = 70, 24

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from soar_mega.data.index import DataError
+from soar_mega.data.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 2**26  # 67 million: above any camera's picture, 200 MB decoded

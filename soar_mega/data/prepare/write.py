@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from soar_mega.data.index import DataError, Shard, scan_shard
-from soar_mega.data.prepare_check import Checked, RefusedError, read_caption, read_part
-from soar_mega.data.prepare_sources import Candidate
+from soar_mega.data.errors import DataError
+from soar_mega.data.prepare.check import Checked, RefusedError, read_caption, read_part
+from soar_mega.data.prepare.sources import Candidate
+from soar_mega.data.shards.index import INDEX_VERSION, Shard, scan_shard
 
 PARTIAL = ".partial"
-INDEX_VERSION = 1
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
 _NAME_LENGTH = 60  # a tar header holds names of 100 bytes
 

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from soar_mega.data import digits
+from soar_mega.data.tiny import digits
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
-SHIPPED_WEIGHTS = Path(__file__).resolve().parents[2] / "assets" / "tiny_text.safetensors"
+SHIPPED_WEIGHTS = Path(__file__).resolve().parents[3] / "assets" / "tiny_text.safetensors"
 _CAPTION_SEED = 0  # Not the user's seed: token numbers must fit the shipped weights.
 _FALLBACK_SCORE = -20.0  # Log probability of a lone character: any whole word is better.
 

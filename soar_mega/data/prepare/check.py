@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from PIL import Image, UnidentifiedImageError
 
-from soar_mega.data.decode import FORMATS, MAX_PIXELS, decode_image
-from soar_mega.data.index import MAX_CAPTION_BYTES, MAX_IMAGE_BYTES, DataError
-from soar_mega.data.prepare_sources import Candidate, Part
+from soar_mega.data.decode.pil import FORMATS, MAX_PIXELS, decode_image
+from soar_mega.data.errors import DataError
+from soar_mega.data.prepare.sources import Candidate, Part
+from soar_mega.data.shards.index import MAX_CAPTION_BYTES, MAX_IMAGE_BYTES
 
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and its values that swap the sides

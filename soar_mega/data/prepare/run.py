@@ -25,10 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from soar_mega.data.index import DataError
-from soar_mega.data.prepare_check import Checked, RefusedError, check
-from soar_mega.data.prepare_sources import Candidate, list_candidates
-from soar_mega.data.prepare_write import (
+from soar_mega.data.errors import DataError
+from soar_mega.data.prepare.check import Checked, RefusedError, check
+from soar_mega.data.prepare.sources import Candidate, list_candidates
+from soar_mega.data.prepare.write import (
     PARTIAL,
     ShardJob,
     dump,

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from soar_mega.data import digits
+from soar_mega.data.tiny import digits
 
-SHIPPED_WEIGHTS = Path(__file__).resolve().parents[2] / "assets" / "tiny_vae.safetensors"
+SHIPPED_WEIGHTS = Path(__file__).resolve().parents[3] / "assets" / "tiny_vae.safetensors"
 LATENT_CHANNELS = 16
 POSTERIOR_STD = 0.05
 _CROP = 32

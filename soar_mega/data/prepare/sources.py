@@ -14,14 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from soar_mega.data.index import (
-    CAPTION_EXTENSIONS,
-    IMAGE_EXTENSIONS,
-    MAX_CAPTION_BYTES,
-    DataError,
-    find_shards,
-    scan_members,
-)
+from soar_mega.data.errors import DataError
+from soar_mega.data.shards.index import MAX_CAPTION_BYTES
+from soar_mega.data.shards.patterns import find_shards
+from soar_mega.data.shards.scan import CAPTION_EXTENSIONS, CUT, IMAGE_EXTENSIONS, scan_tar
 
 
 @dataclass(frozen=True)
@@ -179,9 +175,9 @@ def _csv_rows(table: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 
 def _in_tar(tar: str) -> Iterator[Candidate]:
-    _, members, ignored = scan_members(tar)
+    scanned = scan_tar(tar)
     name = os.path.basename(tar)
-    for key, kinds in members.items():
+    for key, kinds in scanned.members.items():
         source = f"{name}:{key}"
         parts = {extension: Part(tar, *place, extension) for extension, place in kinds.items()}
         image = next((parts[e] for e in IMAGE_EXTENSIONS if e in parts), None)
@@ -190,8 +186,11 @@ def _in_tar(tar: str) -> Iterator[Candidate]:
             yield Candidate(source, refused="no image")
         else:
             yield _candidate(source, key, image, caption)
-    for reason, number in sorted(ignored.items()):
-        yield Candidate(name, refused="other file", detail=f"{number} members: {reason}")
+    for reason, number in sorted(scanned.ignored.items()):
+        if reason == CUT:
+            yield Candidate(name, refused=CUT, detail="what came after is lost")
+        else:
+            yield Candidate(name, refused="other file", detail=f"{number} members: {reason}")
 
 
 def _from_file(source: str, image: Path, caption: Part | str | None) -> Candidate:

@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from soar_mega.data import digits, tiny_text, tiny_vae
 from soar_mega.data.libraries import quiet_libraries
+from soar_mega.data.tiny import digits
+from soar_mega.data.tiny import text as tiny_text
+from soar_mega.data.tiny import vae as tiny_vae
 
 SHARD_PICTURES = 1000
 _CALIBRATION_PICTURES = 256
