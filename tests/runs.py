@@ -130,7 +130,7 @@ def train(config: Config) -> None:
         try:
             trainer._loop(run, place())
         finally:
-            run.loader.close()
+            run.feed.close()
 
 
 class Killed(BaseException):

@@ -8,17 +8,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, model_validator
 
+from soar_mega.config.data import DataConfig
 from soar_mega.config.objective import FlowMatchingConfig, SoarConfig
-from soar_mega.config.section import Section, broken_rule
-
-Text = Annotated[str, StringConstraints(min_length=1)]
-# YAML gives lists; the frozen configuration keeps tuples.
-Texts = Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]
-
-# Latents are 8 times smaller than pictures and enter the model in 2x2 patches.
-RESOLUTION_STEP = 16
+from soar_mega.config.section import Section, Text, Texts, broken_rule
 
 
 class RunConfig(Section):
@@ -89,35 +83,6 @@ class PrecisionConfig(Section):
     )
 
 
-class DataConfig(Section):
-    """The training data: WebDataset tar shards."""
-
-    shards: Text | Texts = Field(description="Glob or list of globs of tar shards.")
-    resolution: int = Field(
-        64,
-        ge=RESOLUTION_STEP,
-        multiple_of=RESOLUTION_STEP,
-        description="Side of the square training pictures in pixels.",
-    )
-    max_sequence_length: int = Field(77, ge=1, le=512, description="T5 tokens per prompt.")
-    cache_encoded: bool = Field(
-        False, description="Keep every encoded sample in host memory; for small data sets."
-    )
-    random_flip: bool = Field(False, description="Mirror half of the pictures.")
-    num_decode_threads: int = Field(2, ge=1, description="Threads decoding pictures.")
-
-    @model_validator(mode="after")
-    def _cached_samples_cannot_flip(self) -> Self:
-        if self.cache_encoded and self.random_flip:
-            raise broken_rule(
-                "data.random_flip = true cannot go with data.cache_encoded = true: a cached latent "
-                "is encoded once and never flipped again; set one of them to false",
-                "data.random_flip",
-                "data.cache_encoded",
-            )
-        return self
-
-
 class OptimizerConfig(Section):
     """AdamW and the learning-rate schedule."""
 
@@ -171,6 +136,9 @@ class CheckpointConfig(Section):
     resume: Text = Field(
         "none", description="none, latest (of run.dir), or the path of a checkpoint."
     )
+    reset_data: bool = Field(
+        False, description="When resuming, begin the order of the data anew (samples repeat)."
+    )
 
 
 class LoggingConfig(Section):
@@ -188,6 +156,9 @@ class LoggingConfig(Section):
         description="Step whose pipeline actions are timed, to <run.dir>/timeline; null: none.",
     )
     timestep_bins: int = Field(10, ge=1, description="Bins of the training loss by noise level.")
+    sample_ids: bool = Field(
+        False, description="Write which samples each step trained on, to <run.dir>/samples."
+    )
 
 
 class ValidationConfig(Section):
@@ -245,3 +216,23 @@ class Config(Section):
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="Saving and resuming.")
     logging: LoggingConfig = Field(LoggingConfig(), description="What is reported.")
     validation: ValidationConfig = Field(ValidationConfig(), description="Validation.")
+
+    @property
+    def group_size(self) -> int:
+        """Consecutive slots that share a picture size: 1 where there is only one size."""
+        if self.data.max_aspect_ratio == 1:
+            return 1
+        return self.data.bucket_group_size or self.train.micro_batch_size
+
+    @model_validator(mode="after")
+    def _microbatches_are_of_one_size(self) -> Self:
+        group, micro = self.group_size, self.train.micro_batch_size
+        if self.data.max_aspect_ratio > 1 and group % micro:
+            raise broken_rule(
+                f"data.bucket_group_size = {group} must be a multiple of train.micro_batch_size = "
+                f"{micro}, because a microbatch has pictures of one size; use {micro} or "
+                f"{2 * micro}",
+                "data.bucket_group_size",
+                "train.micro_batch_size",
+            )
+        return self

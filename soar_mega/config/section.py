@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from pydantic_core import PydanticCustomError
+
+Text = Annotated[str, StringConstraints(min_length=1)]
+# YAML gives lists; the frozen configuration keeps tuples.
+Texts = Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]
 
 
 class Section(BaseModel):

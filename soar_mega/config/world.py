@@ -54,4 +54,11 @@ def check_world(config: Config, world_size: int) -> int:
             f"{data} (processes {world_size} / {divided}) x "
             f"train.micro_batch_size {micro}; {fix}"
         )
+    group = config.group_size
+    if total // data % group:
+        raise ConfigError(
+            f"train.global_batch_size = {total} gives each of {data} data-parallel ranks "
+            f"{total // data} samples, which must be whole groups of data.bucket_group_size = "
+            f"{group}: use a multiple of {data * group}"
+        )
     return data

@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
+# Bad samples are counted by these; their places in the list are codes that ranks exchange.
+BAD_KINDS = (
+    "not an image",
+    "truncated or damaged image",
+    "too many pixels",
+    "too many bytes",
+    "unreadable",
+    "no caption",
+    "caption not UTF-8",
+    "damaged payload",
+)
+
 
 class DataError(ValueError):
     """Training data that cannot be used; the message names what, where, the rule and the fix."""
@@ -11,10 +23,17 @@ class BadSampleError(DataError):
     """One sample that cannot be used while the rest of its set can.
 
     Args:
-        kind: One of a few short names; bad samples are counted by it.
+        kind: One of ``BAD_KINDS``.
         message: Where the sample lies, what is wrong with it and what to do.
     """
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
+        if kind not in BAD_KINDS:
+            raise ValueError(f"{kind!r} is none of {BAD_KINDS}")
         self.kind = kind
+
+    @property
+    def code(self) -> int:
+        """1 + the place of its kind in ``BAD_KINDS``."""
+        return 1 + BAD_KINDS.index(self.kind)

@@ -13,7 +13,7 @@ from functools import cached_property
 
 from soar_mega.checkpoint.importer import read_transformer_config
 from soar_mega.config import Config, ConfigError
-from soar_mega.config.schema import RESOLUTION_STEP
+from soar_mega.config.data import RESOLUTION_STEP
 from soar_mega.model.config import MMDiTConfig
 from soar_mega.model.payload import PassSize
 from soar_mega.objectives import make_objective
@@ -242,7 +242,7 @@ def make_plan(config: Config, gpus: int, gpu: Gpu, efficiency: float = EFFICIENC
     pretrained, parallel = config.model.pretrained, config.parallel
     architecture = MMDiTConfig.from_diffusers(read_transformer_config(pretrained))
     data_size = checked_data_size(config, architecture, gpus)
-    check_resolution(config.data.resolution, architecture)
+    check_resolution(config.data, architecture)
     side = config.data.resolution // _LATENT_STEP
     text = plan_memory.text_tokens(pretrained, config.data.max_sequence_length)
     size = PassSize(config.train.micro_batch_size, side, side, text)

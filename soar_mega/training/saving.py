@@ -43,8 +43,20 @@ def _tensors(stepper: Stepper) -> dict[str, BoxedTensor]:
     return pieces
 
 
-def save(stepper: Stepper, step: int, lineage: Mapping[str, Any], data_fingerprint: str) -> Path:
-    """Commit a checkpoint after ``step`` steps; every rank calls it."""
+def save(
+    stepper: Stepper,
+    step: int,
+    lineage: Mapping[str, Any],
+    data_fingerprint: str,
+    data_state: Mapping[str, Any],
+) -> Path:
+    """Commit a checkpoint after ``step`` steps; every rank calls it.
+
+    Args:
+        lineage: Where the starting weights come from.
+        data_fingerprint: Of the training data.
+        data_state: Where its order stands.
+    """
     config = stepper.config
     extra = {
         "step": step,
@@ -56,6 +68,7 @@ def save(stepper: Stepper, step: int, lineage: Mapping[str, Any], data_fingerpri
             "max_sequence_length": config.data.max_sequence_length,
         },
         "run": _identity(config, data_fingerprint),
+        "data": dict(data_state),
         "lineage": {
             "run": config.run.name or Path(config.run.dir).name,
             "step": step,
@@ -80,6 +93,7 @@ def _identity(config: Config, data_fingerprint: str) -> dict[str, Any]:
         "train.global_batch_size": config.train.global_batch_size,
         "objective.name": config.objective.name,
         "data.shards": data_fingerprint,
+        "data.shuffle_shards": config.data.shuffle_shards,
     }
 
 
@@ -106,13 +120,13 @@ def find(config: Config, mesh: Mesh) -> Path | None:
     return found
 
 
-def resume(stepper: Stepper, path: Path, data_fingerprint: str) -> tuple[int, dict[str, Any]]:
+def resume(stepper: Stepper, path: Path, data_fingerprint: str) -> tuple[int, dict[str, Any], Any]:
     """Take up weights, EMA and optimizer from ``path``; every rank calls it.
 
     Later checkpoints of the same run are set aside, because their steps are done again.
 
     Returns:
-        The steps done, and the recorded lineage.
+        The steps done, the recorded lineage, and where the data stood (None if it says nothing).
 
     Raises:
         CheckpointError: The checkpoint does not load or does not fit the model.
@@ -135,4 +149,4 @@ def resume(stepper: Stepper, path: Path, data_fingerprint: str) -> tuple[int, di
             lambda: [str(p) for p in store.set_aside_after(path.resolve().parent, extra["step"])],
             f"cannot set aside the checkpoints after {path}",
         )
-    return extra["step"], extra["lineage"]
+    return extra["step"], extra["lineage"], extra.get("data")

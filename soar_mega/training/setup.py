@@ -21,11 +21,11 @@ from soar_mega.checkpoint.importer import (
     read_transformer_config,
 )
 from soar_mega.config import Config, ConfigError
-from soar_mega.config.schema import RESOLUTION_STEP
+from soar_mega.config.data import RESOLUTION_STEP, DataConfig
+from soar_mega.data.buckets import make_buckets
 from soar_mega.data.encoders import FrozenEncoders, check_folder
-from soar_mega.data.loader import StepLoader
-from soar_mega.data.sampler import Sampler
 from soar_mega.data.shards.index import ShardIndex, build_index
+from soar_mega.data.sources import TrainingData, open_training_data
 from soar_mega.launch.environment import ProcessEnvironment
 from soar_mega.model.config import MMDiTConfig
 from soar_mega.model.init import initialise
@@ -37,6 +37,7 @@ from soar_mega.pipeline.actions import Placement
 from soar_mega.pipeline.engine import Pipeline
 from soar_mega.pipeline.schedules import build_schedule
 from soar_mega.training import saving
+from soar_mega.training.feed import Feed
 from soar_mega.training.layout import check_layout, cut_model
 from soar_mega.training.step import Stepper
 
@@ -53,7 +54,7 @@ class Checked:
     """What was found out before any process group, weight or encoder was touched."""
 
     architecture: MMDiTConfig
-    index: ShardIndex
+    data: TrainingData
     validation_index: ShardIndex | None
 
 
@@ -66,19 +67,19 @@ def check(config: Config, process: ProcessEnvironment) -> Checked:
     check_folder(config.model.pretrained)
     architecture = MMDiTConfig.from_diffusers(read_transformer_config(config.model.pretrained))
     check_layout(config, architecture, process.world_size)
-    check_resolution(config.data.resolution, architecture)
-    index = build_index(_patterns(config.data.shards))
+    check_resolution(config.data, architecture)
+    data = open_training_data(config.data, seed=config.run.seed, group_size=config.group_size)
     validation = config.validation
     validation_index = None
     if validation.validation_steps is not None and validation.shards is not None:
-        validation_index = build_index(_patterns(validation.shards), setting="validation.shards")
+        validation_index = build_index(validation.shards, setting="validation.shards")
         if validation.num_samples > len(validation_index):
             raise ConfigError(
                 f"validation.num_samples = {validation.num_samples}, but validation.shards hold "
                 f"{len(validation_index)} samples: lower it or add shards"
             )
     _check_run_folder(config, process)  # last: what is refused leaves no folder behind
-    return Checked(architecture, index, validation_index)
+    return Checked(architecture, data, validation_index)
 
 
 def _check_run_folder(config: Config, process: ProcessEnvironment) -> None:
@@ -96,23 +97,25 @@ def _check_run_folder(config: Config, process: ProcessEnvironment) -> None:
             raise ConfigError(f"run.dir = {config.run.dir} cannot be written: {error}") from error
 
 
-def check_resolution(resolution: int, architecture: MMDiTConfig) -> None:
-    """Refuse pictures larger than the model's position table.
+def check_resolution(data: DataConfig, architecture: MMDiTConfig) -> None:
+    """Refuse pictures wider or higher than the model's position table.
 
     Raises:
         ConfigError: Names the setting, its value and the largest that works.
     """
-    side, room = resolution // RESOLUTION_STEP, architecture.pos_embed_max_size
-    if side > room:
-        raise ConfigError(
-            f"data.resolution = {resolution} makes {side} x {side} image tokens, but the position "
-            f"table of model.pretrained holds {room} x {room} (pos_embed_max_size): use one "
-            f"of at most {room * RESOLUTION_STEP}, or another model"
-        )
-
-
-def _patterns(shards: str | tuple[str, ...]) -> str | list[str]:
-    return shards if isinstance(shards, str) else list(shards)
+    room = architecture.pos_embed_max_size
+    longest = max(map(max, make_buckets(data.resolution, data.max_aspect_ratio)))
+    if longest // RESOLUTION_STEP <= room:
+        return
+    made, fix = f"data.resolution = {data.resolution}", f"one of at most {room * RESOLUTION_STEP}"
+    if data.max_aspect_ratio > 1:
+        made += f" with data.max_aspect_ratio = {data.max_aspect_ratio:g}"
+        fix = f"sides of at most {room * RESOLUTION_STEP}"
+    raise ConfigError(
+        f"{made} makes up to {longest // RESOLUTION_STEP} image tokens a side, but the position "
+        f"table of model.pretrained holds {room} x {room} (pos_embed_max_size): use {fix}, or "
+        "another model"
+    )
 
 
 def device_of(config: Config, process: ProcessEnvironment) -> torch.device:
@@ -168,7 +171,7 @@ class Run:
     config: Config
     mesh: Mesh
     stepper: Stepper
-    loader: StepLoader
+    feed: Feed
     encoders: FrozenEncoders
     checked: Checked
     done_steps: int
@@ -209,25 +212,13 @@ def build(config: Config, checked: Checked, device: torch.device) -> Run:
     )
     pipeline = Pipeline(stages, mesh, schedule)
     stepper = Stepper(config, mesh, stages, pipeline, parameters, objective)
-    done_steps = 0
+    done_steps, saved = 0, None
     if path is not None:
-        done_steps, recorded = saving.resume(stepper, path, checked.index.fingerprint())
+        done_steps, recorded, data_state = saving.resume(stepper, path, checked.data.fingerprint())
+        saved = None if config.checkpoint.reset_data else data_state or {}
         lineage = {k: v for k, v in recorded.items() if k not in ("run", "step", "objective")}
-    loader = StepLoader(
-        checked.index,
-        Sampler(len(checked.index), config.run.seed),
-        encoders,
-        mesh,
-        seed=config.run.seed,
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-        resolution=config.data.resolution,
-        max_sequence_length=config.data.max_sequence_length,
-        cache_encoded=config.data.cache_encoded,
-        random_flip=config.data.random_flip,
-        num_decode_threads=config.data.num_decode_threads,
-    )
-    return Run(config, mesh, stepper, loader, encoders, checked, done_steps, lineage, resumed=path)
+    feed = Feed(config, mesh, checked.data, encoders, step=done_steps, saved=saved)
+    return Run(config, mesh, stepper, feed, encoders, checked, done_steps, lineage, resumed=path)
 
 
 def _own_stages(

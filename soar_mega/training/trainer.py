@@ -68,7 +68,7 @@ def train(config: Config) -> None:
     try:
         _loop(run, process)
     finally:
-        run.loader.close()
+        run.feed.close()
     # Not after an error: the others may never come, and the message must not wait for them.
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -164,24 +164,34 @@ def _loop(run: Run, process: ProcessEnvironment) -> None:
         last = config.train.max_train_steps
         for step in range(run.done_steps, last):
             began = time.perf_counter()
-            microbatches = run.loader.load(step)
+            microbatches = run.feed.load(step)
             loaded = time.perf_counter()
             recorder = None
             if step + 1 == config.logging.timeline_step:
                 recorder = Recorder(run.mesh.device)
-            metrics = run.stepper.run(step, microbatches, recorder)
+            metrics = run.feed.metrics
+            if microbatches:
+                metrics |= run.stepper.run(step, microbatches, recorder)
+            else:
+                reporter.note(f"step {step + 1}: no sample of it can be used, so nothing is learnt")
             if run.mesh.device.type == "cuda":
                 torch.cuda.synchronize()  # else the update counts as the next step's load
             ended = time.perf_counter()
             metrics |= _speed(run, flops, ended - began, loaded - began)
             done = step + 1
-            if recorder is not None:
+            if recorder is not None and microbatches:
                 reporter.timeline(done, run.stepper.pipeline.gather_timeline(recorder))
             if validation.is_due(done):
                 metrics |= validation.losses()
             reporter.step(done, metrics)
             if done % config.checkpoint.checkpointing_steps == 0 or done == last:
-                path = saving.save(run.stepper, done, run.lineage, run.checked.index.fingerprint())
+                path = saving.save(
+                    run.stepper,
+                    done,
+                    run.lineage,
+                    run.checked.data.fingerprint(),
+                    run.feed.state,
+                )
                 reporter.note(f"checkpoint: {path}")
             if validation.pictures_due(done):
                 reporter.picture(done, validation.pictures(done))
@@ -199,9 +209,9 @@ def _announce(run: Run, reporter: _Reporter) -> None:
         f"{config.objective.name}: {parameters / 1e6:.1f}M parameters on {mesh.world_size} "
         f"process(es), tensor parallel {mesh.tensor_size}, pipeline parallel "
         f"{mesh.pipeline_size}, data parallel {mesh.data_size}; "
-        f"{len(run.checked.index)} samples; run folder {config.run.dir}"
+        f"{len(run.checked.data.index)} samples; run folder {config.run.dir}"
     )
-    ignored = run.checked.index.ignored()
+    ignored = run.checked.data.index.ignored()
     if ignored:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(ignored.items()))
         reporter.note(f"not used of the shards: {kinds}")
@@ -220,7 +230,7 @@ def _sample_flops(run: Run) -> int:
     return forward_flops(
         architecture,
         height * width // architecture.patch_size**2,
-        run.loader.empty.text_BTE.shape[1],
+        run.feed.empty.text_BTE.shape[1],
     )
 
 

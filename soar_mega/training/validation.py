@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from soar_mega.data.loader import load_validation
+from soar_mega.data.validation import load_validation
 from soar_mega.objectives.sigmas import shift_sigma
 from soar_mega.parallel.errors import waiting_for
 from soar_mega.passes import ModelInput, TextCondition
@@ -119,7 +119,7 @@ class Validation:
                 latents_BCHW = generate(
                     run.stepper.pipeline.forward_everywhere,
                     TextCondition(self._prompts.text_BTE[own], self._prompts.pooled_BV[own]),
-                    run.loader.empty,
+                    run.feed.empty,
                     Path(run.config.model.pretrained) / "scheduler",
                     latents_BCHW=start_noise(own, shape, mesh.device),
                     num_inference_steps=self.settings.num_inference_steps,

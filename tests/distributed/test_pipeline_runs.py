@@ -70,8 +70,8 @@ def work_on_four(tiny: Tiny, folder: Path) -> None:
     run = start(tiny.config("soar", folder / "saved", *COMMON, *resume))
     assert run.done_steps == HALF
     assert_weights(run, state(checkpoint(folder / "folded", HALF)), "model")
-    saving.save(run.stepper, STEPS, run.lineage, run.checked.index.fingerprint())
-    run.loader.close()
+    saving.save(run.stepper, STEPS, run.lineage, run.checked.data.fingerprint(), run.feed.state)
+    run.feed.close()
     # Fewer validation samples than data-parallel ranks, one of which has nothing to do.
     few = "validation.num_samples=1"
     train(tiny.config("soar", folder / "resumed", *COMMON, *resume, few))

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from soar_mega.data.sampler import Sampler
 from torch import Tensor
 
 from soar_mega.config import Config
-from soar_mega.data.sampler import Sampler
 from soar_mega.objectives.flow_matching import FlowMatching
 from soar_mega.objectives.soar import SoarState
 from soar_mega.passes import MicroBatch
@@ -115,12 +115,12 @@ def train_run(run: Run) -> Result:
     """All its steps, and a checkpoint after them."""
     result = Result(run.mesh.data_rank, [], {})
     for step in range(STEPS):
-        microbatches = run.loader.load(step)
+        microbatches = run.feed.load(step)
         for micro in microbatches:
             result.draws |= draws_of(run.stepper.objective, micro)
         result.metrics.append(run.stepper.run(step, microbatches))
-    saving.save(run.stepper, STEPS, run.lineage, run.checked.index.fingerprint())
-    run.loader.close()
+    saving.save(run.stepper, STEPS, run.lineage, run.checked.data.fingerprint(), run.feed.state)
+    run.feed.close()
     return result
 
 
@@ -315,10 +315,10 @@ def test_a_sample_is_encoded_anew_each_epoch(tiny: Tiny, tmp_path: Path) -> None
     latents: dict[int, list[Tensor]] = {}
     for step in range(STEPS):
         order = sampler.samples_of_step(step, GLOBAL_BATCH)
-        clean = torch.cat([micro.clean_BCHW for micro in run.loader.load(step)])
+        clean = torch.cat([micro.clean_BCHW for micro in run.feed.load(step)])
         for (_, sample), latent in zip(order, clean, strict=True):
             latents.setdefault(sample, []).append(latent)
-    run.loader.close()
+    run.feed.close()
     assert sorted(latents) == list(range(FEW))
     for first, second in latents.values():
         assert not torch.equal(first, second)
@@ -347,11 +347,11 @@ def graph_nodes() -> int:
 def watch_rollouts(tiny: Tiny, folder: Path, case: Case) -> dict[str, list[str]]:
     """The first microbatch of a second step, pass by pass: what each kind of pass changed."""
     run = start(case.config(tiny, folder))
-    run.stepper.run(0, run.loader.load(0))
+    run.stepper.run(0, run.feed.load(0))
     run.stepper.parameters.zero_gradients()
     objective, stage = run.stepper.objective, run.stepper.stages[0]
     changes: dict[str, list[str]] = {}
-    micro = run.loader.load(1)[0]
+    micro = run.feed.load(1)[0]
     begun = objective.begin(micro)
     for p in objective.passes():
         before, nodes = snapshot(run), 0 if p.grad else graph_nodes()
@@ -369,7 +369,7 @@ def watch_rollouts(tiny: Tiny, folder: Path, case: Case) -> dict[str, list[str]]
         if not p.grad and graph_nodes() > nodes:
             changed.append("graph")
         changes.setdefault(p.kind, []).extend(changed)
-    run.loader.close()
+    run.feed.close()
     return changes
 
 

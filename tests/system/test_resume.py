@@ -145,8 +145,8 @@ def resume_and_save(config: Config, weights_of: Path) -> None:
     run = start(config)
     assert (run.done_steps, run.stepper.optimizer.step) == (STOP, STOP)
     assert_weights(run, state(weights_of), "model")
-    saving.save(run.stepper, STOP, run.lineage, run.checked.index.fingerprint())
-    run.loader.close()
+    saving.save(run.stepper, STOP, run.lineage, run.checked.data.fingerprint(), run.feed.state)
+    run.feed.close()
 
 
 def change_layout(tiny: Tiny, folder: Path) -> None:
@@ -247,7 +247,7 @@ def test_init_from_a_run(
         assert_weights(run, tensors, other)
     assert torch.equal(run.stepper.ema.shard, run.stepper.parameters.master_shard)
     assert not run.stepper.optimizer.exp_avg.any()
-    run.loader.close()
+    run.feed.close()
 
     train(config)
     assert [line["step"] for line in metrics(tmp_path)] == [1]

@@ -8,21 +8,27 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from soar_mega.data.buckets import Bucket, bucket_of
+from soar_mega.data.decode.make import make_decoder
 from soar_mega.data.encoders import FrozenEncoders
-from soar_mega.data.errors import DataError
-from soar_mega.data.loader import StepLoader
-from soar_mega.data.sampler import Sampler
+from soar_mega.data.errors import BAD_KINDS, BadSampleError, DataError
+from soar_mega.data.loader import Batch, StepLoader
+from soar_mega.data.online import OnlineRows
+from soar_mega.data.order import Order, OrderedSource, OrderState
+from soar_mega.data.plan import Picture, Planner, StepPlan
 from soar_mega.data.shards.index import ShardIndex, build_index
 from soar_mega.parallel.mesh import Mesh
-from soar_mega.passes import MicroBatch, TextCondition
+from soar_mega.passes import TextCondition
 from tests.distributed.harness import run_ranks
 from tests.unit.test_data_index import picture, write_shards, write_tar
 
@@ -54,32 +60,62 @@ def mesh_of(data_rank: int, data_size: int) -> Mesh:
     return Mesh(data_rank, data_size, 0, 1, data_rank, data_size, None, None, None, device)
 
 
+def order_of(index: ShardIndex, seed: int = 5) -> Order:
+    return Order([OrderedSource(index.counts)], seed)
+
+
+def samples_of_step(index: ShardIndex, step: int, batch: int) -> list[int]:
+    """The samples in slot order."""
+    order = order_of(index)
+    return [draw.sample for draw in order.take(order.start, (step + 1) * batch)[0][step * batch :]]
+
+
 def make(
     index: ShardIndex,
     mesh: Mesh | None = None,
     *,
     encoders: CountingEncoders | None = None,
+    decoder: str = "pil",
     batch: int = 12,
     micro: int = 2,
     seed: int = 5,
-    **options: Any,
+    order: Order | None = None,
+    buckets: tuple[Bucket, ...] = (Bucket(16, 16),),
+    cache: bool = False,
+    num_workers: int = 2,
+    prefetch_steps: int = 1,
+    on_bad: Any = lambda *_: None,
+    **plan: Any,
 ) -> StepLoader:
-    return StepLoader(
+    mesh, encoders = mesh or Mesh.single(), encoders or CountingEncoders()
+    planner = Planner(
+        order or order_of(index, seed), buckets, mesh, seed=seed, global_batch_size=batch, **plan
+    )
+    rows = OnlineRows(
         index,
-        Sampler(len(index), seed),
-        encoders or CountingEncoders(),
-        mesh or Mesh.single(),
-        seed=seed,
-        global_batch_size=batch,
+        encoders,
+        mesh,
+        make_decoder(decoder, num_workers),  # type: ignore[arg-type]
         micro_batch_size=micro,
-        resolution=16,
         max_sequence_length=4,
-        **options,
+        cache=cache,
+        num_workers=num_workers,
+        on_bad=on_bad,
+    )
+    return StepLoader(
+        planner,
+        rows,
+        encoders,
+        mesh,
+        seed=seed,
+        micro_batch_size=micro,
+        prefetch_steps=prefetch_steps,
     )
 
 
-def tensors(micros: list[MicroBatch]) -> dict[str, Tensor]:
+def tensors(batch: Batch) -> dict[str, Tensor]:
     """The microbatches of a step as whole tensors."""
+    micros = batch.microbatches
     return {
         "slots": torch.cat([m.slots_B for m in micros]),
         "clean": torch.cat([m.clean_BCHW for m in micros]),
@@ -104,19 +140,19 @@ STEPS = 4
 
 
 def reference(index: ShardIndex, **options: Any) -> list[dict[str, Tensor]]:
-    loader = make(index, num_decode_threads=0, **options)
+    loader = make(index, num_workers=0, **options)
     return [tensors(loader.load(step)) for step in range(STEPS)]
 
 
 def test_slots_hold_the_samplers_samples(index: ShardIndex) -> None:
-    loader, sampler = make(index), Sampler(len(index), 5)
+    loader = make(index)
     for step in range(STEPS):
-        micros = loader.load(step)
-        assert [m.step for m in micros] == [step] * 6
-        assert all(len(m.slots_B) == 2 for m in micros)
-        step_tensors = tensors(micros)
+        batch = loader.load(step)
+        assert [m.step for m in batch.microbatches] == [step] * 6
+        assert all(len(m.slots_B) == 2 for m in batch.microbatches)
+        step_tensors = tensors(batch)
         assert step_tensors["slots"].tolist() == list(range(12))
-        for slot, (_, sample) in enumerate(sampler.samples_of_step(step, 12)):
+        for slot, sample in enumerate(samples_of_step(index, step, 12)):
             code = f"caption {sample % 6}".encode().ljust(12)
             assert bytes(step_tensors["text"][slot].flatten().int().tolist()) == code
             colour = [sample * factor % 256 / 127.5 - 1 for factor in (37, 91, 53)]
@@ -128,12 +164,11 @@ def test_slots_hold_the_samplers_samples(index: ShardIndex) -> None:
 
 def test_posterior_noise_is_fresh_for_each_step_and_slot(index: ShardIndex) -> None:
     """The same sample met again has the same mean and other noise of the right size."""
-    loader = make(index, batch=len(index), micro=len(index), cache_encoded=True)
-    sampler = Sampler(len(index), 5)
+    loader = make(index, batch=len(index), micro=len(index), cache=True)
     residuals = []
     for step in range(2):
         clean = tensors(loader.load(step))["clean"]
-        for slot, (_, sample) in enumerate(sampler.samples_of_step(step, len(index))):
+        for slot, sample in enumerate(samples_of_step(index, step, len(index))):
             colour = [sample * factor % 256 / 127.5 - 1 for factor in (37, 91, 53)]
             mean = (torch.tensor(colour) - 0.25) * 2.0
             residuals.append(clean[slot] - mean[:, None, None])
@@ -144,16 +179,39 @@ def test_posterior_noise_is_fresh_for_each_step_and_slot(index: ShardIndex) -> N
     assert float(alike.max()) < 0.99  # no two draws are the same
 
 
-@pytest.mark.parametrize("threads", [0, 1, 4])
+@pytest.mark.parametrize("workers", [0, 1, 4])
 @pytest.mark.parametrize("cache", [False, True])
-@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("vary", [False, True])
 def test_workers_and_cache_change_nothing(
-    index: ShardIndex, threads: int, cache: bool, flip: bool
+    index: ShardIndex, workers: int, cache: bool, vary: bool
 ) -> None:
-    expected = reference(index, random_flip=flip)
-    loader = make(index, cache_encoded=cache, random_flip=flip, num_decode_threads=threads)
-    for step in (0, 1, 2, 3, 1, 3, 0):  # also jumps, forwards and back
-        assert_same(tensors(loader.load(step)), expected[step])
+    options = {"random_flip": vary, "random_crop": vary}
+    expected = reference(index, **options)
+    ahead = {"prefetch_steps": 3} if workers == 4 else {}
+    loader = make(index, cache=cache, num_workers=workers, **ahead, **options)
+    states = []
+    for step in range(STEPS):
+        batch = loader.load(step)
+        states.append(batch.plan.after)
+        assert_same(tensors(batch), expected[step])
+    loader.close()
+    # From any step on, with nothing but the position.
+    for first in range(1, STEPS):
+        again = make(index, cache=cache, num_workers=workers, **options, **at(first, states))
+        for step in range(first, STEPS):
+            assert_same(tensors(again.load(step)), expected[step])
+        again.close()
+
+
+def at(step: int, states: list[OrderState]) -> dict[str, Any]:
+    """Options of ``make`` for a loader that goes on after ``step`` steps."""
+    return {"step": step, "state": states[step - 1]}
+
+
+def test_steps_come_in_order(index: ShardIndex) -> None:
+    loader = make(index)
+    with pytest.raises(ValueError, match="step 1 was asked for, but the next is 0"):
+        loader.load(1)
     loader.close()
 
 
@@ -171,15 +229,15 @@ def test_data_ranks_partition_the_batch(index: ShardIndex, size: int) -> None:
 
 def test_batch_larger_than_the_set(index: ShardIndex) -> None:
     loader = make(index, batch=40, micro=8)
-    found = tensors(loader.load(1))
+    again = make(index, batch=40, micro=8, cache=True, num_workers=0)
+    for step in range(2):
+        assert_same(tensors(again.load(step)), tensors(loader.load(step)))
     loader.close()
-    again = make(index, batch=40, micro=8, cache_encoded=True, num_decode_threads=0)
-    assert_same(tensors(again.load(1)), found)
 
 
 def test_cache_encodes_each_picture_and_caption_once(index: ShardIndex) -> None:
     encoders = CountingEncoders()
-    loader = make(index, encoders=encoders, cache_encoded=True)
+    loader = make(index, encoders=encoders, cache=True)
     for step in range(5):
         loader.load(step)
     loader.close()
@@ -196,9 +254,7 @@ def test_flip_mirrors_about_half_of_the_slots(tmp_path: Path) -> None:
     members = [("a.png", (tmp_path / "a.png").read_bytes()), ("a.txt", b"x")]
     index = build_index(str(write_tar(tmp_path / "a.tar", members)))
     encoders = CountingEncoders()
-    loader = make(
-        index, encoders=encoders, batch=200, micro=200, random_flip=True, cache_encoded=True
-    )
+    loader = make(index, encoders=encoders, batch=200, micro=200, random_flip=True, cache=True)
     clean = tensors(loader.load(0))["clean"]
     mirrored = clean[:, 0, 0, 0] > clean[:, 0, 0, 1]
     assert 70 < int(mirrored.sum()) < 130
@@ -219,10 +275,9 @@ def test_next_step_is_read_in_the_background(
         return read_image(self, sample)
 
     monkeypatch.setattr(ShardIndex, "read_image", spy)
-    loader = make(index, num_decode_threads=2)
-    sampler = Sampler(len(index), 5)
+    loader = make(index, num_workers=2)
     # Step 1 crosses an epoch border; a sample that comes twice is read once.
-    first, second = ({s for _, s in sampler.samples_of_step(step, 12)} for step in (0, 1))
+    first, second = (set(samples_of_step(index, step, 12)) for step in (0, 1))
     loader.load(0)
     deadline = time.monotonic() + 10
     while len(readers) < len(first) + len(second) and time.monotonic() < deadline:
@@ -234,39 +289,108 @@ def test_next_step_is_read_in_the_background(
     assert len(readers) <= len(first) + len(second) + 12  # and those of step 2, not step 1 again
 
 
-def test_a_bad_picture_surfaces_in_its_own_step(tmp_path: Path) -> None:
+def with_bad_samples(folder: Path) -> ShardIndex:
+    """24 samples; 3 is no picture, 7 has no caption, 17 is a JPEG cut short."""
     members: list[tuple[str, bytes]] = []
     for number in range(24):
-        data = b"not a picture" if number == 17 else picture(number)
+        data = {3: b"not a picture", 17: picture(17, kind="JPEG")[:400]}.get(number)
+        members.append((f"k{number}.png", picture(number) if data is None else data))
+        if number != 7:
+            members.append((f"k{number}.txt", f"caption {number % 6}".encode()))
+    return build_index(str(write_tar(folder / "a.tar", members)))
+
+
+BAD = {3: "not an image", 7: "no caption", 17: "truncated or damaged image"}
+
+
+@pytest.mark.parametrize("decoder", ["pil", "dali"])
+@pytest.mark.parametrize("cache", [False, True])
+def test_a_bad_sample_keeps_its_slot_and_nobody_else_notices(
+    tmp_path: Path, index: ShardIndex, cache: bool, decoder: str
+) -> None:
+    if decoder == "dali":
+        pytest.importorskip("nvidia.dali")
+    (tmp_path / "whole").mkdir()
+    members = [
+        (f"k{n}.{kind}", data)
+        for n in range(24)
+        for kind, data in (("png", picture(n)), ("txt", f"caption {n % 6}".encode()))
+    ]
+    whole = build_index(str(write_tar(tmp_path / "whole" / "a.tar", members)))
+    noted: list[tuple[int, int, str]] = []
+
+    def note(plan: StepPlan, seen: Picture, error: BadSampleError) -> None:
+        assert f"key 'k{seen.sample}'" in str(error)
+        noted.append((plan.step, seen.sample, error.kind))
+
+    bad = make(with_bad_samples(tmp_path), cache=cache, decoder=decoder, on_bad=note)
+    good = make(whole)
+    counts = Counter()
+    for step in range(4):  # two epochs
+        batch, expected = bad.load(step), tensors(good.load(step))
+        found = tensors(batch)
+        hurt = torch.tensor([s in BAD for s in samples_of_step(whole, step, 12)])
+        assert torch.equal(found["weight"], (~hurt).float())
+        for name in ("slots", "clean", "text", "pooled"):
+            assert torch.equal(found[name][~hurt], expected[name][~hurt]), name
+        assert torch.isfinite(found["clean"]).all()
+        counts.update(dict(zip(BAD_KINDS, batch.bad_K.tolist(), strict=True)))
+    bad.close()
+    good.close()
+    assert {kind: n for kind, n in counts.items() if n} == dict.fromkeys(BAD.values(), 2)
+    assert {(sample, kind) for _, sample, kind in noted} == set(BAD.items())
+    assert len(noted) == (3 if cache else 6)
+    for step, sample, _ in noted:
+        assert sample in samples_of_step(whole, step, 12)
+
+
+def test_buckets_fill_microbatches_of_one_size(tmp_path: Path) -> None:
+    """Pictures of three shapes: each microbatch has one, and its own colours."""
+    sizes = [(16, 16), (24, 12), (12, 24), (30, 14)]
+    members = []
+    for number in range(30):
+        data = picture(number, sizes[number % 4])
         members += [(f"k{number}.png", data), (f"k{number}.txt", b"x")]
     index = build_index(str(write_tar(tmp_path / "a.tar", members)))
-    sampler = Sampler(24, 5)
-    bad = next(
-        step for step in (0, 1) if 17 in [sample for _, sample in sampler.samples_of_step(step, 12)]
-    )
-    loader = make(index)
-    for step in (0, 1, 0, 1):
-        if step == bad:
-            with pytest.raises(DataError, match=r"a\.tar, key 'k17': not a complete"):
-                loader.load(step)
-        else:
-            assert len(loader.load(step)) == 6
-    loader.close()
+    buckets = (Bucket(16, 32), Bucket(16, 16), Bucket(32, 16))
+    shapes = np.array([sizes[number % 4] for number in range(30)])
+    order = Order([OrderedSource([30], buckets_N=bucket_of(buckets, shapes))], 5, group_size=4)
+    options: dict[str, Any] = {"order": order, "buckets": buckets, "group_size": 4, "batch": 8}
+    loader = make(index, **options)
+    halves = [make(index, mesh_of(rank, 2), **options) for rank in range(2)]
+    seen = Counter()
+    for step in range(9):
+        batch = loader.load(step)
+        parts = [m for half in halves for m in half.load(step).microbatches]
+        assert len(parts) == len(batch.microbatches)
+        for micro, part in zip(batch.microbatches, parts, strict=True):
+            assert torch.equal(micro.clean_BCHW, part.clean_BCHW)
+            draws = [batch.plan.draws[slot] for slot in micro.slots_B.tolist()]
+            for draw, clean in zip(draws, micro.clean_BCHW, strict=True):
+                width, height = buckets[order.bucket(draw.sample)]
+                assert clean.shape == (3, height // 8, width // 8)
+                colour = [draw.sample * factor % 256 / 127.5 - 1 for factor in (37, 91, 53)]
+                expected = (torch.tensor(colour) - 0.25) * 2.0
+                torch.testing.assert_close(clean.mean((1, 2)), expected, atol=1.0, rtol=0)
+                seen[draw] += 1
+    for some in (loader, *halves):
+        some.close()
+    assert set(seen.values()) == {1} and len(seen) == 72
 
 
 def test_wrong_sizes_are_named(index: ShardIndex) -> None:
-    words = r"train\.global_batch_size=12: must be a multiple of train\.micro_batch_size 5"
+    words = r"train\.global_batch_size=12: 5 data-parallel ranks must each get whole groups of 1"
     with pytest.raises(ValueError, match=words):
-        make(index, micro=5)
-    with pytest.raises(ValueError, match=r"2 data-parallel ranks \(16\)"):
-        make(index, mesh_of(0, 2), micro=8)
+        make(index, mesh_of(0, 5))
+    with pytest.raises(ValueError, match=r"2 data-parallel ranks .* whole groups of 4"):
+        make(index, mesh_of(0, 2), group_size=4)
 
 
 def test_cached_load_is_fast(tmp_path: Path) -> None:
     """Without the generator (measured apart) a cached load is table work: well under 20 ms even on
     a busy machine; it is about 1."""
     index = build_index(str(write_shards(tmp_path, [128]) / "*.tar"))
-    loader = make(index, batch=64, micro=8, cache_encoded=True)
+    loader = make(index, batch=64, micro=8, cache=True)
     for step in range(3):
         loader.load(step)
     times = []
@@ -279,24 +403,35 @@ def test_cached_load_is_fast(tmp_path: Path) -> None:
 
 
 def tensor_ranks(folder: str) -> dict[str, Any]:
-    """On each process: load some steps; then a step with a bad picture in one peer's share."""
+    """On each process: load some steps; a set with bad samples; a folder that is gone."""
     mesh = Mesh.build(2)
     index = build_index(f"{folder}/good/*.tar")
     result: dict[str, Any] = {}
     for cache in (False, True):
         encoders = CountingEncoders()
-        loader = make(
-            index, mesh, encoders=encoders, micro=3, cache_encoded=cache, random_flip=True
-        )
-        steps = [tensors(loader.load(step)) for step in (0, 1, 3, 2)]
+        loader = make(index, mesh, encoders=encoders, micro=3, cache=cache, random_flip=True)
+        steps = [tensors(loader.load(step)) for step in range(STEPS)]
         loader.close()
         result[f"cache={cache}"] = {"steps": steps, "images": encoders.images}
-    bad = make(build_index(f"{folder}/bad.tar"), mesh, batch=4)
+    noted: list[int] = []
+    bad = make(
+        build_index(f"{folder}/a.tar"), mesh, on_bad=lambda _, seen, __: noted.append(seen.sample)
+    )
+    result["bad"] = [tensors(bad.load(step)) for step in range(2)]
+    result["noted"] = noted
+    if mesh.rank == 1:  # something else than a bad sample, on one peer only
+
+        def fail(*_: Any) -> bytes:
+            raise DataError("disk full")
+
+        ShardIndex.read_image = fail  # type: ignore[method-assign]
+    bad.close()
+    broken = make(build_index(f"{folder}/a.tar"), mesh)
     try:
-        bad.load(0)
+        broken.load(0)
     except DataError as error:
         result["error"] = str(error)
-    bad.close()
+    broken.close()
     dist.barrier()
     return result
 
@@ -304,25 +439,26 @@ def tensor_ranks(folder: str) -> dict[str, Any]:
 def test_tensor_peers_share_the_work_and_hold_the_same_bits(tmp_path: Path) -> None:
     (tmp_path / "good").mkdir()
     write_shards(tmp_path / "good", [9, 8], captions=6)
-    members = [(f"k{n}.{e}", d) for n in range(4) for e, d in (("png", picture(n)), ("txt", b"x"))]
-    first = Sampler(4, 5).samples_of_step(0, 4)[0][1]
-    members[2 * first] = (f"k{first}.png", b"bad")
-    write_tar(tmp_path / "bad.tar", members)
-    index = build_index(str(tmp_path / "good" / "*.tar"))
-    expected = reference(index, random_flip=True)
+    index, bad_index = build_index(str(tmp_path / "good" / "*.tar")), with_bad_samples(tmp_path)
+    expected, bad = reference(index, random_flip=True), reference(bad_index)
 
     results = run_ranks(2, tensor_ranks, str(tmp_path))
     for cache in (False, True):
         runs = [result[f"cache={cache}"] for result in results]
         for run in runs:
-            for found, step in zip(run["steps"], (0, 1, 3, 2), strict=True):
-                assert_same(found, expected[step])
+            for step in range(STEPS):
+                assert_same(run["steps"][step], expected[step])
         alone = CountingEncoders()
-        loader = make(index, encoders=alone, random_flip=True, cache_encoded=cache)
-        for step in (0, 1, 3, 2):
+        loader = make(index, encoders=alone, random_flip=True, cache=cache)
+        for step in range(STEPS):
             loader.load(step)
         loader.close()
         done = [run["images"] for run in runs]
         assert sum(done) == alone.images and max(done) - min(done) <= 4
-    assert f"key 'k{first}': not a complete" in results[0]["error"]
-    assert "model-parallel rank 0 of data-parallel rank 0 could not read" in results[1]["error"]
+    for result in results:
+        for step in range(2):
+            assert_same(result["bad"][step], bad[step])
+    noted = [sample for result in results for sample in result["noted"]]
+    assert sorted(noted) == sorted(BAD) and results[0]["noted"] != sorted(BAD)
+    assert results[1]["error"] == "disk full"
+    assert "another rank of the model of data-parallel rank 0 could not" in results[0]["error"]
