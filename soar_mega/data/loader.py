@@ -21,7 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from soar_mega.data.decode.pil import decode_image
+from soar_mega.data.decode.interface import View
+from soar_mega.data.decode.model_range import to_model_range
+from soar_mega.data.decode.pil import decode_one
 from soar_mega.data.encoders import FrozenEncoders, sample_latents
 from soar_mega.data.errors import DataError
 from soar_mega.data.sampler import Sampler
@@ -234,7 +236,8 @@ class StepLoader:
         if not wants_pixels:
             return None, caption
         data, where = self._index.read_image(sample), self._index.where(sample)
-        return decode_image(data, self._resolution, flip=bool(flip), where=where), caption
+        view = View(self._resolution, self._resolution, flip=bool(flip))
+        return torch.from_numpy(decode_one(data, view, where)), caption
 
     def _prefetch(self, plan: _Plan) -> None:
         self._next_plan = plan
@@ -271,7 +274,8 @@ class StepLoader:
 
         pixels = [picture for picture, _ in fetched if picture is not None]
         if pixels:
-            own_RCHW = torch.cat(self._encoders.encode_images(torch.stack(pixels)), dim=1)
+            pixels_R3HW = to_model_range(torch.stack(pixels))
+            own_RCHW = torch.cat(self._encoders.encode_images(pixels_R3HW), dim=1)
         else:
             own_RCHW = torch.empty(0, *self._posterior_shape, device=self._mesh.device)
         all_RCHW = self._exchange(own_RCHW, len(missing), own_RCHW.new_empty(self._posterior_shape))
@@ -358,13 +362,14 @@ def load_validation(
             "samples in validation.shards. Lower it or add shards."
         )
     encoders.latent_shape(resolution)
+    view = View(resolution, resolution)
     means: list[Tensor] = []
     for some in torch.arange(num_samples).split(_VALIDATION_CHUNK):  # bounds the memory
         pixels = [
-            decode_image(index.read_image(n), resolution, where=index.where(n))
+            torch.from_numpy(decode_one(index.read_image(n), view, index.where(n)))
             for n in some.tolist()
         ]
-        means.append(encoders.encode_images(torch.stack(pixels))[0])
+        means.append(encoders.encode_images(to_model_range(torch.stack(pixels)))[0])
     captions = [index.read_caption(sample) for sample in range(num_samples)]
     latents_BCHW = encoders.normalise(torch.cat(means))
     return latents_BCHW, encoders.encode_prompts(captions, max_sequence_length)
