@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from soar_mega.data.decode.pil import decode_image
+from soar_mega.data.decode.interface import View
+from soar_mega.data.decode.pil import decode_one
 from soar_mega.data.encoders import FolderError, FrozenEncoders
 from soar_mega.data.errors import DataError
 from soar_mega.data.shards.index import build_index
@@ -118,7 +119,7 @@ def test_bomb_takes_no_memory(tmp_path: Path) -> None:
     index = build_index(str(tar_of(tmp_path / "a.tar", {"a.png": data, "a.txt": b"x"})))
     tracemalloc.start()
     with pytest.raises(DataError, match=r"a\.tar, key 'a'"):
-        decode_image(index.read_image(0), 64, where=index.where(0))
+        decode_one(index.read_image(0), View(64, 64), index.where(0))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1 << 22

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from soar_mega.data.decode.pil import decode_image
+from soar_mega.data.decode.interface import View
+from soar_mega.data.decode.model_range import to_model_range
+from soar_mega.data.decode.pil import decode_one
 from soar_mega.data.encoders import FolderError, FrozenEncoders, check_folder, sample_latents
 from soar_mega.data.loader import StepLoader, load_validation
 from soar_mega.data.sampler import Sampler
-from soar_mega.data.shards.index import build_index
+from soar_mega.data.shards.index import ShardIndex, build_index
 from soar_mega.parallel.mesh import Mesh
 from soar_mega.rng import Purpose, normal
 from tests.unit.test_data_index import write_shards
@@ -261,6 +264,11 @@ def test_a_component_that_does_not_load_is_named(built: Any, tmp_path: Path) -> 
         FrozenEncoders.load(folder)
 
 
+def pixels_of(index: ShardIndex, samples: Iterable[int]) -> torch.Tensor:
+    decoded = [decode_one(index.read_image(s), View(32, 32), index.where(s)) for s in samples]
+    return to_model_range(torch.stack([torch.from_numpy(pixels) for pixels in decoded]))
+
+
 def test_loader_and_validation_with_the_real_classes(built: Any, tmp_path: Path) -> None:
     """The whole chain: tar, picture, VAE, posterior noise by the contract, text."""
     _, _, encoders = built
@@ -282,7 +290,7 @@ def test_loader_and_validation_with_the_real_classes(built: Any, tmp_path: Path)
     loader.close()
     samples = [sample for _, sample in sampler.samples_of_step(1, 4)]
     for micro, part in zip(batch, (samples[:2], samples[2:]), strict=True):
-        pixels = torch.stack([decode_image(index.read_image(s), 32) for s in part])
+        pixels = pixels_of(index, part)
         mean, logvar = encoders.encode_images(pixels)
         noise = normal(3, Purpose.VAE_POSTERIOR, 1, micro.slots_B, mean[0].numel())
         expected = (mean + torch.exp(0.5 * logvar) * noise.view_as(mean) - 0.06) * 1.5
@@ -296,7 +304,7 @@ def test_loader_and_validation_with_the_real_classes(built: Any, tmp_path: Path)
         weight = torch.ones(1, requires_grad=True)
         (micro.clean_BCHW * weight).sum().backward()
     latents, condition = load_validation(index, encoders, 3, resolution=32, max_sequence_length=9)
-    pixels = torch.stack([decode_image(index.read_image(s), 32) for s in range(3)])
+    pixels = pixels_of(index, range(3))
     assert torch.equal(latents, encoders.normalise(encoders.encode_images(pixels)[0]))
     assert condition.text_BTE.shape[0] == 3
     with pytest.raises(ValueError, match=r"validation\.num_samples=6: must be 1 to 5"):

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import warnings
 from dataclasses import dataclass
 
-from PIL import Image, UnidentifiedImageError
-
-from soar_mega.data.decode.pil import FORMATS, MAX_PIXELS, decode_image
-from soar_mega.data.errors import DataError
+from soar_mega.data.decode.geometry import swaps_sides
+from soar_mega.data.decode.interface import View
+from soar_mega.data.decode.pil import decode_opened, open_picture, orientation
+from soar_mega.data.errors import BadSampleError
 from soar_mega.data.prepare.sources import Candidate, Part
 from soar_mega.data.shards.index import MAX_CAPTION_BYTES, MAX_IMAGE_BYTES
 
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
-_ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and its values that swap the sides
+_SMALL = View(16, 16)
 
 
 class RefusedError(Exception):
@@ -97,35 +95,22 @@ def check(candidate: Candidate) -> Checked:
         data = read_part(candidate.image)
     except OSError as error:
         raise RefusedError("unreadable image", error.strerror or "") from error
-    extension, width, height = _upright_size(data)
-    try:
-        decode_image(data, 16)
-    except DataError as error:
-        cause = error.__cause__
-        raise RefusedError("truncated or damaged image", str(cause or error)) from error
+    extension, width, height = _decoded(data, candidate.source)
     digests = (hashlib.sha256(part).hexdigest() for part in (data, caption))
     return Checked(extension, width, height, *digests)
 
 
-def _upright_size(data: bytes) -> tuple[str, int, int]:
-    """(extension, width, height) from the header."""
+def _decoded(data: bytes, source: str) -> tuple[str, int, int]:
+    """(extension, upright width, upright height) of a picture that decodes."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is lower
-            with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-                extension, (width, height) = EXTENSIONS[str(opened.format)], opened.size
-                if width * height > MAX_PIXELS:
-                    raise RefusedError("too many pixels", f"{width} x {height}; limit {MAX_PIXELS}")
-                on_its_side = opened.getexif().get(_ORIENTATION) in _ON_ITS_SIDE
-    except RefusedError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise RefusedError("too many pixels", str(error)) from error
-    except UnidentifiedImageError as error:
-        raise RefusedError("not an image", "no JPEG, PNG or WebP") from error
-    except Exception as error:  # PIL's plugins raise nearly anything on damaged bytes
-        raise RefusedError("truncated or damaged image", repr(error)) from error
-    return (extension, height, width) if on_its_side else (extension, width, height)
+        opened = open_picture(data, source)
+        extension, (width, height) = EXTENSIONS[str(opened.format)], opened.size
+        decode_opened(opened, _SMALL, source)
+    except BadSampleError as error:
+        raise RefusedError(error.kind, str(error.__cause__ or error)) from error
+    if swaps_sides(orientation(opened)):
+        width, height = height, width
+    return extension, width, height
 
 
 def _from_json(text: str) -> str:

@@ -1,0 +1,256 @@
+"""What DALI sees and what not, how it recovers, and how its pixels differ from PIL's."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from soar_mega.data.decode import dali as dali_module
+from soar_mega.data.decode import pil
+from soar_mega.data.decode.dali import DaliDecoder, Filter
+from soar_mega.data.decode.interface import DecodeJob, View
+from soar_mega.data.decode.jpeg import plain_jpeg_size
+from soar_mega.data.decode.pil import PilDecoder, decode_one
+from soar_mega.data.errors import BadSampleError
+from tests.unit.decode_cases import encoded, exif_of, noise, photo
+
+pytest.importorskip("nvidia.dali")
+
+WHERE = "s.tar, key 'k'"
+
+
+@pytest.fixture
+def left_to_pil(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many pictures each call of ``decode`` left to PIL."""
+    counts: list[int] = []
+    decode = PilDecoder.decode
+
+    def spy(self: PilDecoder, jobs: list[DecodeJob]) -> list[np.ndarray | BadSampleError]:
+        counts.append(len(jobs))
+        return decode(self, jobs)
+
+    monkeypatch.setattr(PilDecoder, "decode", spy)
+    return counts
+
+
+@pytest.fixture
+def decoder() -> Iterator[DaliDecoder]:
+    made = DaliDecoder(num_threads=2, batch_size=4)
+    yield made
+    made.close()
+
+
+def pixels_of(results: list[np.ndarray | BadSampleError]) -> list[np.ndarray]:
+    found = [result for result in results if isinstance(result, np.ndarray)]
+    assert len(found) == len(results), results
+    return found
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> tuple[float, int, float]:
+    """(mean, maximum, PSNR in dB) of two pictures' difference, in levels of 255."""
+    error = np.abs(a.astype(int) - b.astype(int))
+    return error.mean(), int(error.max()), 10 * np.log10(255**2 / max((error**2).mean(), 1e-3))
+
+
+# --- what DALI sees ---------------------------------------------------------------------------
+
+
+def plain_jpegs() -> dict[str, bytes]:
+    pixels_HWC = photo(45, 61)
+    grey = Image.fromarray(pixels_HWC).convert("L")
+    first = Image.fromarray(pixels_HWC)
+    with_preview = {"save_all": True, "append_images": [Image.new("RGB", (9, 9))]}
+    jpeg = {"quality": 95}
+    return {
+        "4:4:4": encoded(pixels_HWC, "JPEG", subsampling=0, **jpeg),
+        "4:2:2": encoded(pixels_HWC, "JPEG", subsampling=1, **jpeg),
+        "4:2:0": encoded(pixels_HWC, "JPEG", subsampling=2, **jpeg),
+        "progressive": encoded(pixels_HWC, "JPEG", progressive=True, **jpeg),
+        "restarts": encoded(pixels_HWC, "JPEG", restart_marker_blocks=2, **jpeg),
+        "grey": encoded(grey, "JPEG", **jpeg),
+        "rgb": encoded(pixels_HWC, "JPEG", keep_rgb=True, **jpeg),
+        "comment and profile": encoded(
+            pixels_HWC, "JPEG", comment=b"\xff\xd9\xff\xda", icc_profile=bytes(70_000), **jpeg
+        ),
+        "preview": encoded(first, "MPO", **with_preview, **jpeg),
+        "bytes behind its end": encoded(pixels_HWC, "JPEG", **jpeg) + b"more",
+    }
+
+
+@pytest.mark.parametrize("name", sorted(plain_jpegs()))
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_plain_jpegs_are_dalis_and_right(
+    decoder: DaliDecoder, left_to_pil: list[int], name: str, orientation: int
+) -> None:
+    data = plain_jpegs()[name]
+    if orientation != 1:
+        exif = exif_of(orientation).tobytes()
+        segment = b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif
+        data = data[:2] + segment + data[2:]
+    assert plain_jpeg_size(data) == (61, 45)
+    view = View(40, 40, flip=True)
+    (found,) = pixels_of(decoder.decode([DecodeJob(data, view, WHERE)]))
+    assert (left_to_pil, decoder.rebuilds) == ([0], 0)
+    mean, most, _ = difference(found, decode_one(data, view, WHERE))
+    assert mean <= 0.4 and most <= 20
+
+
+def test_a_walk_through_a_jpeg_sees_every_cut() -> None:
+    for data in (encoded(noise(20, 20), "JPEG"), plain_jpegs()["progressive"]):
+        size = plain_jpeg_size(data)
+        assert size in ((20, 20), (61, 45))
+        assert {plain_jpeg_size(data[:end]) for end in range(len(data))} == {None}
+        assert plain_jpeg_size(data + b"\xff") == size
+
+
+def test_jpegs_that_are_not_plain() -> None:
+    data = encoded(noise(16, 16), "JPEG")
+    frame, scan = data.index(b"\xff\xc0"), data.index(b"\xff\xda")
+
+    def changed(position: int, value: int) -> bytes:
+        return data[:position] + bytes([value]) + data[position + 1 :]
+
+    others = {
+        "arithmetic coding": changed(frame + 1, 0xC9),
+        "lossless": changed(frame + 1, 0xC3),
+        "12 bits": changed(frame + 4, 12),
+        "2 components": changed(frame + 9, 2),
+        "no height": data[: frame + 5] + b"\0\0" + data[frame + 7 :],
+        "two frames": data[:scan] + data[frame : frame + 19] + data[scan:],
+        "no frame": data[:frame] + data[frame + 19 :],
+        "no scan": data[:scan] + b"\xff\xd9",
+        "junk between segments": data[:frame] + b"junk" + data[frame:],
+        "a length of 1": data[: frame + 2] + b"\0\1" + data[frame + 4 :],
+        "a picture in it": data[:scan] + data + data[scan:],
+        "cmyk": encoded(Image.new("CMYK", (16, 16)), "JPEG"),
+        "png": encoded(noise(16, 16)),
+    }
+    assert plain_jpeg_size(data) == (16, 16)
+    assert {name for name, other in others.items() if plain_jpeg_size(other)} == set()
+
+
+# --- batches and recovery -----------------------------------------------------------------------
+
+
+def test_any_number_and_mixture_of_pictures_and_views(
+    decoder: DaliDecoder, left_to_pil: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pil, "_draft", lambda *_: 1)  # as DALI: no scaled decoding
+    views = [View(16, 16), View(24, 40, 0.0, True), View(64, 8, 1.0), View(90, 70)]
+    for count in (1, 3, 4, 5, 11, 2):
+        jobs = []
+        for n in range(count):
+            picture, kind = photo(50 + 9 * n, 80 - 3 * n, n), "PNG" if n % 5 == 3 else "JPEG"
+            exif = exif_of(n % 8 + 1)
+            jobs.append(DecodeJob(encoded(picture, kind, exif=exif), views[n % 4], str(n)))
+        for found, job in zip(pixels_of(decoder.decode(jobs)), jobs, strict=True):
+            assert found.shape == (job.view.height, job.view.width, 3)
+            assert found.flags.c_contiguous and found.flags.writeable
+            assert difference(found, decode_one(job.data, job.view, ""))[0] <= 0.5
+        assert left_to_pil.pop() == sum(n % 5 == 3 for n in range(count))
+    assert decoder.rebuilds == 0
+
+
+def test_big_pictures_make_small_batches(
+    decoder: DaliDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    run = DaliDecoder._run
+
+    def spy(self: DaliDecoder, jobs: list[DecodeJob], batch: list[dali_module._Accepted]) -> object:
+        sizes.append(len(batch))
+        return run(self, jobs, batch)
+
+    monkeypatch.setattr(DaliDecoder, "_run", spy)
+    monkeypatch.setattr(dali_module, "_BATCH_PIXELS", 2000)
+    sides = (10, 10, 40, 44, 50, 10, 10, 10, 10, 10)  # 2500 pixels are a batch of their own
+    jobs = [DecodeJob(encoded(photo(s, s), "JPEG"), View(8, 8), "") for s in sides]
+    assert len(pixels_of(decoder.decode(jobs))) == len(jobs)
+    assert sizes == [3, 1, 1, 4, 1]
+
+
+def bad_tables() -> bytes:
+    """A JPEG of whole structure that no decoder takes: more codes than there can be."""
+    data = bytearray(encoded(noise(16, 16), "JPEG"))
+    table = data.index(b"\xff\xc4")
+    data[table + 5 : table + 21] = b"\xff" * 16
+    return bytes(data)
+
+
+def test_where_dali_fails_pil_decodes_and_dali_goes_on(
+    decoder: DaliDecoder, left_to_pil: list[int]
+) -> None:
+    good = [DecodeJob(encoded(photo(30, 40, n), "JPEG"), View(16, 16), str(n)) for n in range(6)]
+    expected = pixels_of(decoder.decode(good))
+    assert (left_to_pil.pop(), decoder.rebuilds) == (0, 0)
+    assert plain_jpeg_size(bad_tables()) == (16, 16)  # else the case is no longer one
+    for times in (1, 2):
+        bad = DecodeJob(bad_tables(), View(16, 16), WHERE)
+        results = decoder.decode([*good[:2], bad, *good[2:]])
+        failed = results.pop(2)
+        assert isinstance(failed, BadSampleError) and failed.kind == pil.DAMAGED
+        # A batch of 4 went to PIL, the other 3 stayed with DALI.
+        assert (left_to_pil.pop(), decoder.rebuilds) == (4, times)
+        for a, b in zip(pixels_of(results), expected, strict=True):
+            assert difference(a, b)[0] <= 0.4
+        assert all(map(np.array_equal, pixels_of(decoder.decode(good)), expected))
+        assert (left_to_pil.pop(), decoder.rebuilds) == (0, times)
+
+
+# --- agreement with PIL -------------------------------------------------------------------------
+
+
+def pictures() -> Iterator[list[DecodeJob]]:
+    """Shades, edges, lines and noise in several sizes, crops, flips and all orientations."""
+    sizes = ((96, 128), (301, 203), (520, 640))
+    views = (View(64, 64), View(96, 64, 0.0, True), View(128, 192, 1.0), View(256, 256, 0.3))
+    for (n, size), subsampling in itertools.product(enumerate(sizes), (0, 2)):
+        yield [
+            DecodeJob(
+                encoded(
+                    photo(*size, n),
+                    "JPEG",
+                    quality=90,
+                    subsampling=subsampling,
+                    exif=exif_of((4 * n + k + subsampling) % 8 + 1),
+                ),
+                view,
+                WHERE,
+            )
+            for k, view in enumerate(views)
+        ]
+
+
+# (mean over all, largest mean and maximum of a picture, least PSNR); docs/data.md has the numbers.
+BOUNDS = {
+    "PIL, scaled decoding": (0.95, 2.9, 51, 34),
+    "lanczos": (0.19, 0.3, 24, 51),
+    "triangular": (1.95, 4.3, 53, 32),
+}
+
+
+def test_pixels_agree_within_the_stated_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each against PIL without scaled decoding."""
+    filters: tuple[Filter, ...] = ("lanczos", "triangular")
+    decoders = {name: DaliDecoder(1, 4, filter=name) for name in filters}
+    found: dict[str, list[tuple[float, int, float]]] = {name: [] for name in BOUNDS}
+    for jobs in pictures():
+        results = {name: decoder.decode(jobs) for name, decoder in decoders.items()}
+        results["PIL, scaled decoding"] = PilDecoder().decode(jobs)
+        with monkeypatch.context() as patch:
+            patch.setattr(pil, "_draft", lambda *_: 1)
+            reference = pixels_of(PilDecoder().decode(jobs))
+        for name, result in results.items():
+            pairs = zip(pixels_of(result), reference, strict=True)
+            found[name] += [difference(a, b) for a, b in pairs]
+    for name, (overall, worst, most, psnr) in BOUNDS.items():
+        means, maxima, psnrs = zip(*found[name], strict=True)
+        measured = (np.mean(means), max(means), max(maxima), min(psnrs))
+        print(name, measured)
+        assert measured[0] <= overall and measured[1] <= worst, (name, measured)
+        assert measured[2] <= most and measured[3] >= psnr, (name, measured)
+    assert all(decoder.rebuilds == 0 for decoder in decoders.values())
