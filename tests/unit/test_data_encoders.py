@@ -13,10 +13,9 @@ import torch
 
 from soar_mega.data.decode.interface import View
 from soar_mega.data.decode.model_range import to_model_range
-from soar_mega.data.decode.pil import decode_one
+from soar_mega.data.decode.pil import PilDecoder, decode_one
 from soar_mega.data.encoders import FolderError, FrozenEncoders, check_folder, sample_latents
 from soar_mega.data.loader import StepLoader, load_validation
-from soar_mega.data.sampler import Sampler
 from soar_mega.data.shards.index import ShardIndex, build_index
 from soar_mega.parallel.mesh import Mesh
 from soar_mega.rng import Purpose, normal
@@ -273,22 +272,22 @@ def test_loader_and_validation_with_the_real_classes(built: Any, tmp_path: Path)
     """The whole chain: tar, picture, VAE, posterior noise by the contract, text."""
     _, _, encoders = built
     index = build_index(str(write_shards(tmp_path, [5]) / "*.tar"))
-    sampler = Sampler(5, 3)
-    loader = StepLoader(
+    order = Order([OrderedSource(index.counts)], 3)
+    planner = Planner(order, [Bucket(32, 32)], Mesh.single(), seed=3, global_batch_size=4)
+    rows = OnlineRows(
         index,
-        sampler,
         encoders,
         Mesh.single(),
-        seed=3,
-        global_batch_size=4,
+        PilDecoder(),
         micro_batch_size=2,
-        resolution=32,
         max_sequence_length=9,
-        cache_encoded=True,
+        cache=True,
     )
-    batch = loader.load(1)
+    loader = StepLoader(planner, rows, encoders, Mesh.single(), seed=3, micro_batch_size=2)
+    loader.load(0)
+    batch = loader.load(1).microbatches
     loader.close()
-    samples = [sample for _, sample in sampler.samples_of_step(1, 4)]
+    samples = [draw.sample for draw in order.take(order.start, 8)[0][4:]]
     for micro, part in zip(batch, (samples[:2], samples[2:]), strict=True):
         pixels = pixels_of(index, part)
         mean, logvar = encoders.encode_images(pixels)
