@@ -11,12 +11,17 @@ from typing import Any
 import pytest
 import torch
 
+from soar_mega.data.buckets import Bucket
 from soar_mega.data.decode.interface import View
 from soar_mega.data.decode.model_range import to_model_range
 from soar_mega.data.decode.pil import PilDecoder, decode_one
 from soar_mega.data.encoders import FolderError, FrozenEncoders, check_folder, sample_latents
-from soar_mega.data.loader import StepLoader, load_validation
+from soar_mega.data.loader import StepLoader
+from soar_mega.data.online import OnlineRows
+from soar_mega.data.order import Order, OrderedSource
+from soar_mega.data.plan import Planner
 from soar_mega.data.shards.index import ShardIndex, build_index
+from soar_mega.data.validation import load_validation
 from soar_mega.parallel.mesh import Mesh
 from soar_mega.rng import Purpose, normal
 from tests.unit.test_data_index import write_shards
