@@ -157,7 +157,7 @@ class LoggingConfig(Section):
     )
     timestep_bins: int = Field(10, ge=1, description="Bins of the training loss by noise level.")
     sample_ids: bool = Field(
-        False, description="Write which samples each step trained on, to <run.dir>/samples."
+        False, description="Write which samples each step trained on, to <run.dir>/sample_ids."
     )
 
 

@@ -11,20 +11,18 @@ height, width, T text tokens, E text width, V pooled width.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import torch
 
-from soar_mega.data.decode.interface import DecodeJob, Decoder
+from soar_mega.data.decode.interface import Decoder
 from soar_mega.data.decode.model_range import to_model_range
 from soar_mega.data.encoders import FrozenEncoders
 from soar_mega.data.errors import BadSampleError, DataError
 from soar_mega.data.peers import exchange, highest, own_share
+from soar_mega.data.pictures import Fetched, PictureReader
 from soar_mega.data.plan import Picture, StepPlan
 from soar_mega.data.rows import Rows
 from soar_mega.data.shards.index import ShardIndex
@@ -35,23 +33,6 @@ from soar_mega.passes import TextCondition
 FATAL = 255  # a code beside those of bad samples: this rank cannot go on
 # Two, so that one step's reading overlaps another's decoding.
 _STEPS_AT_ONCE = 2
-
-_T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class _Fetched:
-    """What the threads bring for the missing pictures of a step.
-
-    Attributes:
-        pixels: uint8 (H, W, 3) of each of this rank's share that is good.
-        captions: Of every missing picture whose caption can be read.
-        errors: Of every missing picture that is bad as far as this rank knows.
-    """
-
-    pixels: dict[Picture, np.ndarray]
-    captions: dict[Picture, str]
-    errors: dict[Picture, BadSampleError]
 
 
 class _Encoded:
@@ -99,13 +80,12 @@ class OnlineRows:
         on_bad: Callable[[StepPlan, Picture, BadSampleError], None] = lambda *_: None,
     ) -> None:
         self._index, self._encoders, self._mesh = index, encoders, mesh
-        self._decoder, self._micro_batch_size = decoder, micro_batch_size
-        self._text_length, self._on_bad = max_sequence_length, on_bad
-        self._decoding = threading.Lock()
-        self._readers = ThreadPoolExecutor(num_workers) if num_workers else None
+        self._reader = PictureReader(index, decoder, num_workers)
+        self._micro_batch_size, self._text_length = micro_batch_size, max_sequence_length
+        self._on_bad = on_bad
         self._ahead = ThreadPoolExecutor(_STEPS_AT_ONCE) if num_workers else None
         self._missing: dict[int, list[Picture]] = {}
-        self._fetched: dict[int, Future[_Fetched]] = {}
+        self._fetched: dict[int, Future[Fetched]] = {}
         self._known: set[Picture] | None = set() if cache else None
         own = encoders.encode_prompts([""], max_sequence_length)
         one = slice(1 if mesh.model_rank == 0 else 0)  # its owner's bits for all
@@ -133,11 +113,10 @@ class OnlineRows:
         ]
 
     def close(self) -> None:
-        for pool in (self._ahead, self._readers):
-            if pool is not None:
-                pool.shutdown(wait=True, cancel_futures=True)
+        if self._ahead is not None:
+            self._ahead.shutdown(wait=True, cancel_futures=True)
         self._fetched.clear()
-        self._decoder.close()
+        self._reader.close()
 
     def _microbatch(self, encoded: _Encoded, pictures: Sequence[Picture]) -> Rows:
         device = self._mesh.device
@@ -156,36 +135,8 @@ class OnlineRows:
         channels = self._encoders.latent_channels
         return 2 * channels, view.height // factor, view.width // factor
 
-    def _fetch(self, missing: Sequence[Picture]) -> _Fetched:
-        """Own share in full, of the rest the captions only, which tell every peer which captions
-        there are to share out."""
-        own = missing[own_share(len(missing), self._mesh)]
-        each = map if self._readers is None else self._readers.map
-        captions: dict[Picture, str] = {}
-        errors: dict[Picture, BadSampleError] = {}
-        texts = each(_or_error(self._index.read_caption), [p.sample for p in missing])
-        images = each(_or_error(self._index.read_image), [p.sample for p in own])
-        for picture, text in zip(missing, texts, strict=True):
-            if isinstance(text, BadSampleError):
-                errors[picture] = text
-            else:
-                captions[picture] = text
-        jobs: list[tuple[Picture, DecodeJob]] = []
-        for picture, data in zip(own, images, strict=True):
-            if isinstance(data, BadSampleError):
-                errors[picture] = data
-            elif picture not in errors:
-                where = self._index.where(picture.sample)
-                jobs.append((picture, DecodeJob(data, picture.view, where)))
-        with self._decoding:
-            results = self._decoder.decode([job for _, job in jobs])
-        pixels: dict[Picture, np.ndarray] = {}
-        for (picture, _), result in zip(jobs, results, strict=True):
-            if isinstance(result, BadSampleError):
-                errors[picture] = result
-            else:
-                pixels[picture] = result
-        return _Fetched(pixels, captions, errors)
+    def _fetch(self, missing: Sequence[Picture]) -> Fetched:
+        return self._reader.fetch(missing, own_share(len(missing), self._mesh))
 
     def _fill(self, encoded: _Encoded, plan: StepPlan) -> None:
         """Read, encode and exchange what ``plan`` needs and ``encoded`` lacks."""
@@ -194,7 +145,7 @@ class OnlineRows:
         if not missing:
             return
         fatal: DataError | None = None
-        fetched = _Fetched({}, {}, {})
+        fetched = Fetched({}, {}, {})
         try:
             fetched = self._fetch(missing) if ahead is None else ahead.result()
         except DataError as error:
@@ -211,7 +162,7 @@ class OnlineRows:
     def _agree(
         self,
         missing: Sequence[Picture],
-        fetched: _Fetched,
+        fetched: Fetched,
         fatal: DataError | None,
         plan: StepPlan,
     ) -> dict[Picture, int]:
@@ -294,13 +245,3 @@ class OnlineRows:
         rows = encoded.text.append(exchange(text_RTE, len(fresh), self._mesh))
         encoded.pooled.append(exchange(pooled_RV, len(fresh), self._mesh))
         encoded.row_of_caption.update(zip(fresh, rows, strict=True))
-
-
-def _or_error(read: Callable[[int], _T]) -> Callable[[int], _T | BadSampleError]:
-    def attempt(sample: int) -> _T | BadSampleError:
-        try:
-            return read(sample)
-        except BadSampleError as error:
-            return error
-
-    return attempt

@@ -22,7 +22,7 @@ from soar_mega.parallel.errors import waiting_for
 from soar_mega.parallel.mesh import Mesh
 from soar_mega.passes import MicroBatch, TextCondition
 
-BAD_SAMPLES, SAMPLE_IDS = "bad_samples", "samples"
+BAD_SAMPLES, SAMPLE_IDS = "bad_samples", "sample_ids"
 
 
 class Feed:

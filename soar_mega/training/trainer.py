@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import sys
@@ -61,6 +62,7 @@ def train(config: Config) -> None:
     start_processes(process, device, timeout_of(config))
     _agree(problem)
     assert checked is not None
+    _agree_on_steps(config, checked.data.fingerprint())
     try:
         run = build(config, checked, device)
     except ValueError as error:  # whatever a room refuses is the user's to mend
@@ -88,6 +90,30 @@ def _agree(problem: str | None) -> None:
         if found is not None:
             alone = len(problems) > 1 and problems[0] is None
             raise ConfigError(f"on rank {rank}: {found}" if alone else found)
+
+
+def _agree_on_steps(config: Config, data: str) -> None:
+    """Every rank will do the same steps on the same samples: else they would wait for each other
+    in the middle of the run, or train on other samples than they should.
+
+    Raises:
+        ConfigError: On every rank, naming those that differ from rank 0.
+    """
+    if not dist.is_initialized():
+        return
+    known = {
+        "the samples of data.shards or data.sources": data,
+        "the configuration": hashlib.sha256(dump_yaml(config).encode()).hexdigest(),
+    }
+    everyone: list[dict[str, str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everyone, known)
+    for what, value in everyone[0].items():
+        others = [str(rank) for rank, one in enumerate(everyone) if one[what] != value]
+        if others:
+            raise ConfigError(
+                f"{what} on rank {', '.join(others[:8])} differs from that on rank 0, so they "
+                "would not do the same steps. Give all processes the same files and arguments"
+            )
 
 
 class _Reporter:
