@@ -386,22 +386,6 @@ def test_wrong_sizes_are_named(index: ShardIndex) -> None:
         make(index, mesh_of(0, 2), group_size=4)
 
 
-def test_cached_load_is_fast(tmp_path: Path) -> None:
-    """Without the generator (measured apart) a cached load is table work: well under 20 ms even on
-    a busy machine; it is about 1."""
-    index = build_index(str(write_shards(tmp_path, [128]) / "*.tar"))
-    loader = make(index, batch=64, micro=8, cache=True)
-    for step in range(3):
-        loader.load(step)
-    times = []
-    for step in range(3, 23):
-        start = time.perf_counter()
-        loader.load(step)
-        times.append(time.perf_counter() - start)
-    loader.close()
-    assert sorted(times)[5] < 0.02
-
-
 def tensor_ranks(folder: str) -> dict[str, Any]:
     """On each process: load some steps; a set with bad samples; a folder that is gone."""
     mesh = Mesh.build(2)
