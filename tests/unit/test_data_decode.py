@@ -185,6 +185,9 @@ def test_jpegs_are_decoded_at_the_smallest_scale_that_is_enough(
             decode(data, side)
             assert sizes == ([] if scale is None else [(-(-397 // scale), -(-263 // scale))])
     sizes.clear()
+    decode(encoded(photo(64, 80), "JPEG"), 32)  # half of it exactly
+    assert sizes == [(40, 32)]
+    sizes.clear()
     decode_one(upright, View(50, 198), WHERE)  # the box is 397 x 100.25
     decode_one(upright, View(50, 199), WHERE)  # one pixel more than half of it
     assert sizes == [(199, 132)]
@@ -200,7 +203,7 @@ def test_scaled_decoding_shows_the_same_box() -> None:
         exif = exif_of(orientation)
         data = encoded(smooth, "JPEG", quality=98, subsampling=0, exif=exif)
         with Image.open(io.BytesIO(data)) as opened:
-            lossless = encoded(np.asarray(opened), exif=exif)
+            lossless = encoded(np.asarray(opened), exif=exif, compress_level=1)
         for view in (View(40, 40, 0.9), View(33, 70, 0.2, True), View(150, 100, 0.4)):
             scaled, whole = (decode_one(d, view, WHERE).astype(int) for d in (data, lossless))
             assert np.abs(scaled - whole).mean((0, 1)).max() <= 1
@@ -217,6 +220,8 @@ def bad_pictures() -> dict[str, tuple[bytes, str]]:
     flipped = bytearray(png)
     flipped[len(png) // 2] ^= 0xFF
     scan = jpeg.index(b"\xff\xda")
+    last_scan = progressive[progressive.rindex(b"\xff\xda") : -2]
+    decode(progressive[:-2] + last_scan * 20 + b"\xff\xd9", 16)  # no fault in itself
     tables = bytearray(jpeg)
     table = jpeg.index(b"\xff\xc4")
     tables[table + 5 : table + 21] = b"\xff" * 16  # more codes than there can be
@@ -231,7 +236,10 @@ def bad_pictures() -> dict[str, tuple[bytes, str]]:
         "jpeg cut in its header": (jpeg[:100], pil.DAMAGED),
         "jpeg without a scan": (jpeg[:scan] + b"\xff\xd9", pil.DAMAGED),
         "jpeg of bad tables": (bytes(tables), pil.DAMAGED),
-        "jpeg of many scans": (jpeg[:-2] + b"\xff\xda" * MAX_JPEG_SCANS + jpeg[-2:], pil.DAMAGED),
+        "jpeg of many scans": (
+            progressive[:-2] + last_scan * MAX_JPEG_SCANS + b"\xff\xd9",
+            pil.DAMAGED,
+        ),
         "half png": (png[: len(png) // 2], pil.DAMAGED),
         "corrupt png": (bytes(flipped), pil.DAMAGED),
         "png signature": (png[:8], pil.DAMAGED),

@@ -145,8 +145,8 @@ def decode_opened(opened: ImageFile.ImageFile, view: View, where: str) -> np.nda
 
 def _draft(opened: JpegImageFile, placement: Placement) -> int:
     """Tell the JPEG decoder to leave out what the result is too small to show; how many times."""
-    left, top, right, bottom = placement.box
-    most = min((right - left) / placement.width, (bottom - top) / placement.height)
+    left, _, right, _ = placement.box  # its shape is the result's, so one side tells
+    most = (right - left) / placement.width
     scale = next((scale for scale in (8, 4, 2) if scale <= most), 1)
     if scale > 1 and opened.draft(None, (opened.width // scale, opened.height // scale)) is None:
         return 1
