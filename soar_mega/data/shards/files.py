@@ -16,7 +16,7 @@ from soar_mega.data.shards.remote import (
     index_name,
     is_command,
     is_remote,
-    open_remote,
+    read_start,
     remote_size,
     shown,
 )
@@ -94,7 +94,7 @@ class ShardFiles:
         try:
             if is_remote(path):
                 self._remote(path)
-                data = self._retry(lambda: _read_some(name))
+                data = self._retry(lambda: read_start(name, MAX_INDEX_BYTES))
             else:
                 with open(name, "rb") as file:
                     data = file.read(MAX_INDEX_BYTES + 1)
@@ -224,15 +224,6 @@ class ShardFiles:
                 if self._stopped.wait(self._pause_s * 2**number):
                     raise
         return action()
-
-
-def _read_some(url: str) -> bytes:
-    """All of a remote file, or its beginning if it is longer than an index may be."""
-    data = bytearray()
-    with open_remote(url) as stream:
-        while len(data) <= MAX_INDEX_BYTES and (block := stream.read(2**20)):
-            data += block
-    return bytes(data)
 
 
 def _words(error: OSError) -> str:

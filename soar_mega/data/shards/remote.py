@@ -7,6 +7,7 @@ every other URL is fsspec's.
 
 from __future__ import annotations
 
+import base64
 import http.client
 import os
 import re
@@ -15,11 +16,11 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote_to_bytes, urlsplit, urlunsplit
 
 from soar_mega.data.errors import DataError
 
-BLOCK_BYTES = 2**20
+BLOCK_BYTES = 2**18  # read at a time; stopping waits for one
 INDEX_SUFFIX = ".index.json"
 _PIPE = "pipe:"
 _FSSPEC_BLOCK_BYTES = 2**23  # of one range request
@@ -110,6 +111,21 @@ def open_remote(url: str) -> Iterator[IO[bytes]]:
         raise OSError(f"{type(error).__name__}: {error}") from error
 
 
+def read_start(url: str, limit: int) -> bytes:
+    """What is behind a URL, up to some bytes more than ``limit``.
+
+    Raises:
+        DataError, OSError: See ``open_remote``; a connection that is cut is an OSError.
+    """
+    data = bytearray()
+    with open_remote(url) as stream:
+        while len(data) <= limit and (block := stream.read(BLOCK_BYTES)):
+            data += block
+        if len(data) <= limit and isinstance(stream, http.client.HTTPResponse) and stream.length:
+            raise OSError(f"connection cut, {stream.length} bytes missing")
+    return bytes(data)
+
+
 def remote_size(url: str) -> int | None:
     """Length in bytes of what is behind a URL; None where only reading all of it would tell.
 
@@ -155,9 +171,14 @@ def file_system(url: str) -> tuple[Any, str]:
 
 
 def _request(url: str, headers: dict[str, str]) -> http.client.HTTPResponse:
-    headers = {"User-Agent": "soar-mega", **headers}
+    parts = urlsplit(url)
+    user, at, host = parts.netloc.rpartition("@")
+    url = urlunsplit(parts._replace(netloc=host, fragment=""))
+    request = urllib.request.Request(url, headers={"User-Agent": "soar-mega", **headers})
+    if at:  # urllib takes it for a part of the host's name; another host must not see it
+        token = base64.b64encode(unquote_to_bytes(user)).decode()
+        request.add_unredirected_header("Authorization", f"Basic {token}")
     try:
-        request = urllib.request.Request(url, headers=headers)
         response: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=_TIMEOUT_S)
         return response
     except urllib.error.HTTPError as error:
