@@ -21,7 +21,7 @@ from soar_mega.data.shards.remote import (
     shown,
 )
 
-MAX_INDEX_BYTES = 2**26  # some 200,000 samples; json takes up to 25 times as much when parsed
+MAX_INDEX_BYTES = 2**25  # some 100,000 samples; hostile json takes 24 times as much when parsed
 _FETCHES_AHEAD = 4  # at once
 _FAILED_S = 60.0  # a shard that could not be fetched is not tried again for so long
 _T = TypeVar("_T")
@@ -97,7 +97,9 @@ class ShardFiles:
                 data = self._retry(lambda: read_start(name, MAX_INDEX_BYTES))
             else:
                 with open(name, "rb") as file:
-                    data = file.read(MAX_INDEX_BYTES + 1)
+                    # Not the cap itself: read() takes that much memory at once.
+                    length = os.fstat(file.fileno()).st_size
+                    data = file.read(min(length, MAX_INDEX_BYTES) + 1)
         except FileNotFoundError:
             return None
         except OSError as error:
