@@ -4,6 +4,7 @@ process leaves does no harm."""
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import random
 import signal
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from soar_mega.data.errors import BadSampleError, DataError
+from soar_mega.data.shards import cache as cache_module
 from soar_mega.data.shards.cache import ShardCache
 from soar_mega.data.shards.files import ShardFiles
 from tests.remote_shards import ShardServer, shard_server
@@ -109,6 +111,47 @@ def test_the_bound_holds_while_processes_evict(server: ShardServer, tmp_path: Pa
     assert sum(server.gets.values()) >= 12
     assert 3 * SIZE < max(seen) <= limit
     assert used(tmp_path) == 4 * SIZE
+
+
+def test_a_fetch_waits_for_room_that_others_take_up(server: ShardServer, tmp_path: Path) -> None:
+    server.faults["/0.tar"] = ["slow"]
+    files = ShardFiles(str(tmp_path), SIZE + SIZE // 2)
+    threads = [
+        threading.Thread(target=files.read, args=(server.url(f"/{number}.tar"), 0, 1))
+        for number in (0, 1)
+    ]
+    threads[0].start()
+    wait_until(lambda: server.running)
+    assert used(tmp_path) == SIZE  # all that it will take up
+    threads[1].start()
+    time.sleep(0.3)
+    assert server.gets["/1.tar"] == 0
+    server.gate.set()
+    for thread in threads:
+        thread.join(60)
+    assert server.gets["/1.tar"] == 1
+    assert names(tmp_path) == [
+        os.path.basename(ShardCache(str(tmp_path), 0).path(server.url("/1.tar")))
+    ]
+
+
+def test_a_lock_is_of_the_file_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(tmp_path / "x.partial")
+    flock, calls = fcntl.flock, []
+
+    def late(file: int, how: int) -> None:
+        if not calls:
+            os.replace(path, tmp_path / "x")  # whoever had it finished in between
+        calls.append(file)
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    file = cache_module._lock(path, threading.Event())
+    assert file is not None and os.path.sameopenfile(file, os.open(path, os.O_RDONLY))
+    assert len(calls) == 2
+    os.close(file)
 
 
 def test_a_killed_fetch_is_taken_over_and_cleaned_up(server: ShardServer, tmp_path: Path) -> None:

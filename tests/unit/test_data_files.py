@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from soar_mega.data.errors import BadSampleError, DataError
+from soar_mega.data.prepare.sources import list_candidates
 from soar_mega.data.shards import files as files_module
 from soar_mega.data.shards.files import ShardFiles
 from soar_mega.data.shards.index import build_index, check_cache
@@ -201,6 +202,11 @@ def test_remote_shards_need_a_cache_folder(server: ShardServer) -> None:
 def test_patterns_that_cannot_be_are_refused(pattern: str | list[str], words: str) -> None:
     with pytest.raises(DataError, match=words):
         find_shards(pattern)
+
+
+def test_preparation_takes_local_tars_only() -> None:
+    with pytest.raises(DataError, match=r"INPUT='s3://b/a\.tar': inputs must be local files"):
+        list_candidates(["s3://b/a.tar"])
 
 
 def test_a_query_is_no_glob_and_braces_expand() -> None:

@@ -138,17 +138,17 @@ def plain_hole(path: Path) -> None:
         file.write(caption.tobuf() + b"x".ljust(512, b"\0") + bytes(1024))
 
 
-def gnu_sparse(path: Path) -> None:
-    """GNU's old kind: no data at all, "expands" to 10 GB; then a whole sample."""
+def gnu_sparse(path: Path, size: int = 0) -> None:
+    """A whole sample; GNU's old kind, of ``size`` bytes that "expand" to 10 GB; the end."""
     info = tarfile.TarInfo("s.png")
-    info.type = tarfile.GNUTYPE_SPARSE
+    info.type, info.size = tarfile.GNUTYPE_SPARSE, size
     block = bytearray(info.tobuf(tarfile.GNU_FORMAT))
     block[386:398], block[398:410] = b"%011o\0" % 0, b"%011o\0" % 0
     block[483:495] = tarfile.itn(TEN_GB, 12, tarfile.GNU_FORMAT)  # type: ignore[attr-defined]
     block[148:156] = b" " * 8
     block[148:155] = b"%06o\0" % sum(block)
-    rest = write_tar(path, GOOD).read_bytes()
-    path.write_bytes(bytes(block) + rest)
+    sample = write_tar(path, GOOD).read_bytes()
+    path.write_bytes(sample.rstrip(b"\0") + bytes(511) + bytes(block) + bytes(1024))
 
 
 def pax_sparse(path: Path) -> None:
@@ -199,18 +199,28 @@ def test_sparse_members_are_ignored_or_refused(tmp_path: Path) -> None:
         flat(lambda: scan_shard(str(tmp_path / "b.tar")))
 
 
-@pytest.mark.parametrize("header", [b"-1", b"0", b"-512"])
-def test_members_of_negative_size_do_not_go_round_in_circles(tmp_path: Path, header: bytes) -> None:
+@pytest.mark.parametrize("older", [True, False])
+def test_members_of_negative_size_do_not_go_round_in_circles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, older: bool
+) -> None:
+    monkeypatch.setattr(scan, "MAX_MEMBERS", 1000)
+    if older:  # Python before the fix of CVE-2025-8194
+        monkeypatch.setattr(tarfile.TarInfo, "_block", lambda self, count: -(-count // 512) * 512)
     path = tmp_path / "a.tar"
-    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
-        for name in ("a.cls", "b.cls"):
-            info = tarfile.TarInfo(name)
-            info.pax_headers = {"size": header.decode()}
-            tar.addfile(info)
-    if header == b"0":
-        assert scan.scan_tar(str(path)).ignored == {"other extensions": 2}
-        return
-    with pytest.raises(DataError, match=r"a\.tar: "):
+    for size in ("0", "-1", "-512", "-1536"):
+        with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+            for name in ("a.cls", "b.cls"):
+                info = tarfile.TarInfo(name)
+                info.pax_headers = {"size": size} if name == "b.cls" else {}
+                tar.addfile(info)
+        if size == "0":
+            assert scan.scan_tar(str(path)).ignored == {"other extensions": 2}
+            continue
+        with pytest.raises(DataError, match=r"a\.tar: ") as seen:
+            flat(lambda: scan_shard(str(path)))
+        assert "more than" not in str(seen.value)  # nor ended by their number alone
+    gnu_sparse(path, -512)
+    with pytest.raises(DataError, match=r"a member of \d+ bytes at"):
         flat(lambda: scan_shard(str(path)))
 
 

@@ -56,7 +56,8 @@ class ShardFiles:
         retry_pause_s: float = 1.0,
     ) -> None:
         self.cache_bytes = cache_bytes
-        self._cache = None if cache_dir is None else ShardCache(cache_dir, cache_bytes)
+        folder = None if cache_dir is None else os.path.expanduser(cache_dir)
+        self._cache = None if folder is None else ShardCache(folder, cache_bytes)
         self._allow_pipe = allow_pipe
         self._retries, self._pause_s = retries, retry_pause_s
         self._sizes: dict[str, int] = {}
