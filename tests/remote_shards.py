@@ -73,10 +73,12 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         server, path = self.server, urlsplit(self.path).path
         data = server.files.get(path)
+        look = self.headers.get("Range") == "bytes=0-0"
         if data is None or self.headers.get("Authorization") != server.authorization:
+            server.gets[path] += not look
             self.send_error(404)
             return
-        if self.headers.get("Range") == "bytes=0-0":
+        if look:
             self.send_response(206)
             self.send_header("Content-Range", f"bytes 0-0/{len(data)}")
             self.send_header("Content-Length", "1")

@@ -41,7 +41,7 @@ def files(tmp_path: Path) -> Iterator[ShardFiles]:
     files.close()
 
 
-def wait_until(happens: object, seconds: float = 20) -> None:
+def wait_until(happens: object, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not happens():  # type: ignore[operator]
         assert time.monotonic() < end
@@ -136,10 +136,9 @@ def test_a_failed_shard_is_tried_again_later(
 def test_what_is_not_there_is_not_asked_for_twice(server: ShardServer, files: ShardFiles) -> None:
     index = build_index(server.url("/000.tar"), files=files)
     del server.files["/000.tar"]
-    start = time.monotonic()
     with pytest.raises(BadSampleError, match="404"):
         index.read_image(0)
-    assert time.monotonic() - start < 0.05  # the first pause
+    assert server.gets["/000.tar"] == 1
 
 
 def test_remote_shards_need_an_index(server: ShardServer, files: ShardFiles) -> None:

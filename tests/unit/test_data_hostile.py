@@ -166,7 +166,7 @@ def pax_sparse(path: Path) -> None:
 
 
 def flat(action: Callable[[], object]) -> object:
-    """What ``action`` gives; it may take 4 MiB and 5 seconds."""
+    """What ``action`` gives; it may take 4 MiB and 20 seconds."""
     tracemalloc.start()
     start = time.monotonic()
     try:
@@ -174,7 +174,7 @@ def flat(action: Callable[[], object]) -> object:
     finally:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert peak < 2**22 and time.monotonic() - start < 5
+        assert peak < 2**22 and time.monotonic() - start < 20
 
 
 def test_a_member_of_ten_gigabytes_is_not_read(tmp_path: Path) -> None:
