@@ -305,6 +305,8 @@ def test_prefetch_returns_at_once_and_a_few_at_a_time(
     files.prefetch([str(tmp_path / "served" / "000.tar"), *urls, *urls])
     assert time.monotonic() - start < 1
     wait_until(lambda: server.running == 4)
+    assert files._pool is not None
+    assert files._pool._work_queue.qsize() == 5  # repeated wishes do not pile up
     time.sleep(0.1)
     assert server.running == 4
     server.gate.set()
