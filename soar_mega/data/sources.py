@@ -12,7 +12,7 @@ from soar_mega.data.buckets import Bucket, bucket_of, make_buckets
 from soar_mega.data.errors import DataError
 from soar_mega.data.order import Order, OrderedSource, OrderState
 from soar_mega.data.shards.files import ShardFiles
-from soar_mega.data.shards.index import ShardIndex, build_index
+from soar_mega.data.shards.index import ShardIndex, build_index, check_cache
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def open_training_data(data: DataConfig, *, seed: int, group_size: int) -> Train
     Raises:
         DataError: A source cannot be used, or picture sizes that buckets need are not known.
     """
-    files = ShardFiles()
+    files = ShardFiles(data.cache_dir, int(data.cache_gb * 1e9), allow_pipe=data.allow_pipe)
     if data.sources:
         indexes = [
             build_index(_listed(source.shards), setting=f"data.sources.{source.name}", files=files)
@@ -74,6 +74,9 @@ def open_training_data(data: DataConfig, *, seed: int, group_size: int) -> Train
             "all with tools/encode_data.py, or none."
         )
     index = ShardIndex([shard for part in indexes for shard in part.shards], files)
+    # This window and the next, which is fetched ahead.
+    window = 2 * (data.shuffle_shards or len(index.shards))
+    check_cache(index.shards, window * len(indexes), files)
     buckets = make_buckets(data.resolution, data.max_aspect_ratio)
     sources = [
         OrderedSource(part.counts, weight, _buckets(part, buckets, data))

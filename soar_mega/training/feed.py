@@ -50,6 +50,7 @@ class Feed:
         saved: Mapping[str, Any] | None = None,
     ) -> None:
         self._config, self._mesh, self._data = config, mesh, data
+        self._ahead: list[int] = []
         folder = Path(config.run.dir)
         self._bad_lines = RankFile(folder / BAD_SAMPLES, mesh.rank)
         self._id_lines = RankFile(folder / SAMPLE_IDS, mesh.rank)
@@ -111,6 +112,7 @@ class Feed:
         Raises:
             DataError: Too many samples could not be used, or none can be read at all.
         """
+        self._fetch_ahead()
         batch = self._loader.load(step)
         bad_K = batch.bad_K.to(self._mesh.device)
         if self._mesh.data_group is not None:
@@ -140,9 +142,17 @@ class Feed:
 
     def close(self) -> None:
         """Stop the threads, close the files."""
+        self._data.index.files.close()
         self._loader.close()
         self._bad_lines.close()
         self._id_lines.close()
+
+    def _fetch_ahead(self) -> None:
+        """Have remote shards of this window and the next in the cache before they are read."""
+        ahead = self._data.order.shards_ahead(self._after)
+        if ahead != self._ahead:
+            self._ahead = ahead
+            self._data.index.files.prefetch(self._data.index.shards[n].path for n in ahead)
 
     def _note_bad(self, plan: StepPlan, picture: Picture, error: BadSampleError) -> None:
         shard, row = self._data.index.locate(picture.sample)

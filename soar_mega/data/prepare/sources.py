@@ -17,6 +17,7 @@ from typing import Any
 from soar_mega.data.errors import DataError
 from soar_mega.data.shards.index import MAX_CAPTION_BYTES
 from soar_mega.data.shards.patterns import find_shards
+from soar_mega.data.shards.remote import is_remote
 from soar_mega.data.shards.scan import CAPTION_EXTENSIONS, CUT, IMAGE_EXTENSIONS, scan_tar
 
 
@@ -75,6 +76,8 @@ def list_candidates(inputs: Sequence[str], root: str | None = None) -> list[Cand
         else:
             found += _in_table(path, Path(root) if root is not None else path.parent)
     for tar in sorted(find_shards(tars, setting="INPUT")) if tars else []:
+        if is_remote(tar):
+            raise DataError(f"INPUT={tar!r}: inputs must be local files. Copy it here.")
         found += _in_tar(tar)
     return found
 

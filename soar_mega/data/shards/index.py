@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import math
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,10 +22,18 @@ import numpy as np
 from soar_mega.data.errors import BadSampleError, DataError
 from soar_mega.data.shards.files import ShardFiles
 from soar_mega.data.shards.patterns import find_shards
-from soar_mega.data.shards.scan import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, ScannedTar, scan_tar
+from soar_mega.data.shards.remote import index_name, is_remote, shard_name, shown
+from soar_mega.data.shards.scan import (
+    CAPTION_EXTENSIONS,
+    IMAGE_EXTENSIONS,
+    ScannedTar,
+    scan_tar,
+    usable_name,
+)
 
 MAX_IMAGE_BYTES = 2**28
 MAX_CAPTION_BYTES = 2**20
+MAX_SIDE = 2**26  # pixels; no decoder of ours takes as many in a whole picture
 INDEX_VERSION = 1
 # Columns of Shard.table.
 DATA_OFFSET, DATA_SIZE, CAPTION_OFFSET, CAPTION_SIZE, CAPTION_KIND, WIDTH, HEIGHT = range(7)
@@ -56,7 +64,7 @@ class Shard:
 
     def where(self, row: int) -> str:
         """A sample's place in words, for messages."""
-        return f"{self.path}, key {self.keys[row]!r}"
+        return f"{shown(self.path)}, key {self.keys[row]!r}"
 
 
 class ShardIndex:
@@ -146,7 +154,7 @@ class ShardIndex:
         """
         digest = hashlib.sha256()
         for shard in self.shards:
-            head = [os.path.basename(shard.path), shard.size, shard.keys]
+            head = [shard_name(shard.path), shard.size, shard.keys]
             digest.update(json.dumps(head, separators=(",", ":")).encode())
             digest.update(b"\n")
         return digest.hexdigest()
@@ -195,8 +203,8 @@ def build_index(
     """Index the shards that ``shards`` names.
 
     Args:
-        shards: Path, glob or brace pattern (``train-{000..015}.tar``, ``{a,b}/*.tar``), or a list
-            of those. Order: the list's; the braces'; sorted within a glob.
+        shards: Path, URL, glob or brace pattern (``train-{000..015}.tar``, ``{a,b}/*.tar``), or a
+            list of those. Order: the list's; the braces'; sorted within a glob.
         setting: The config key to name in errors.
         num_threads: How many shards are looked at at once.
         files: How to open them.
@@ -234,47 +242,101 @@ def build_index(
 
 
 def index_shard(path: str, files: ShardFiles) -> Shard:
-    """A shard by its index file, or by its member headers where it has none.
+    """A shard by its index file, or by its member headers where it is local and has none.
 
     Raises:
-        DataError: See ``scan_shard``; or the index file is damaged or of another tar.
+        DataError: See ``scan_shard``; or the index file is damaged or of another tar, or that of a
+            remote shard is missing.
     """
     data = files.read_index(path)
-    return scan_shard(path) if data is None else _from_index_file(path, data, files.size(path))
+    if data is not None:
+        shard = _from_index_file(path, data, files.size(path))
+        files.expect(path, shard.size)
+        return shard
+    if is_remote(path):
+        raise DataError(
+            f"{shown(path)}: no index beside it ({shown(index_name(path))}). To scan the tar would "
+            "download all of it: make the index where the tars lie (tools/prepare_data.py writes "
+            "SHARD.index.json) and upload it too."
+        )
+    return scan_shard(path)
 
 
-def _from_index_file(path: str, data: bytes, size: int) -> Shard:
+def check_cache(shards: Sequence[Shard], window: int, files: ShardFiles) -> None:
+    """Refuse a cache that cannot hold any ``window`` remote shards at once: each would be fetched
+    again and again.
+
+    Args:
+        shards: Those of the run.
+        window: How many are read in one stretch (``data.shuffle_shards``).
+        files: What reads them.
+
+    Raises:
+        DataError: It names the settings, the bytes needed and the fix.
+    """
+    sizes = sorted((shard.size for shard in shards if is_remote(shard.path)), reverse=True)[:window]
+    needed = sum(sizes)
+    if needed > files.cache_bytes:
+        raise DataError(
+            f"data.cache_gb allows {files.cache_bytes} bytes, but the {len(sizes)} largest shards, "
+            f"which data.shuffle_shards = {window} reads in turns, take up {needed}. Set "
+            f"data.cache_gb to at least {math.ceil(needed / 1e8) / 10}, lower data.shuffle_shards "
+            "or make smaller shards."
+        )
+
+
+def _from_index_file(path: str, data: bytes, size: int | None) -> Shard:
     fix = "Make it again with tools/prepare_data.py, or delete it to have the tar scanned."
-    name = f"{path}.index.json"
+    name = shown(index_name(path))
     try:
         record = json.loads(data)
         version, indexed = record["version"], record["size"]
         encoded = record.get("kind", "images") == "encoded"
-        samples = record["samples"]
-        keys = [str(sample["key"]) for sample in samples]
-        rows = [
-            (
-                *sample["payload" if encoded else "image"],
-                *sample["caption"],
-                0,
-                sample["width"],
-                sample["height"],
-            )
-            for sample in samples
-        ]
+        keys: list[str] = []
+        rows: list[tuple[int, ...]] = []
+        for sample in record["samples"]:
+            key, place = sample["key"], sample["payload" if encoded else "image"]
+            row = (*place, *sample["caption"], 0, sample["width"], sample["height"])
+            # numpy would take "12", 1.5 and true for numbers.
+            if len(place) != 2 or len(row) != 7 or any(type(value) is not int for value in row):
+                raise ValueError(f"numbers of key {key!r}")
+            if not (isinstance(key, str) and usable_name(key)):
+                raise ValueError(f"key {key!r}")
+            keys.append(key)
+            rows.append(row)
         table = np.array(rows, dtype=np.int64).reshape(len(rows), 7)
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-        raise DataError(f"{name}: damaged index ({error!r}). {fix}") from error
+        raise DataError(f"{name}: damaged index ({repr(error)[:500]}). {fix}") from error
     if version != INDEX_VERSION:
-        raise DataError(f"{name}: version {version!r}; this is version {INDEX_VERSION}. {fix}")
-    if indexed != size:
+        raise DataError(f"{name}: version {version!r:.100}; this is version {INDEX_VERSION}. {fix}")
+    if type(indexed) is not int or indexed < 0 or (size is not None and indexed != size):
         raise DataError(
-            f"{name}: stale: it is of a tar of {indexed} bytes, but {path} has {size}. {fix}"
+            f"{name}: stale: it is of a tar of {indexed!r:.100} bytes, but {shown(path)} has "
+            f"{'unknown' if size is None else size}. {fix}"
         )
-    ends = table[:, [DATA_OFFSET, CAPTION_OFFSET]] + table[:, [DATA_SIZE, CAPTION_SIZE]]
-    if (table < 0).any() or (ends > size).any() or len(set(keys)) != len(keys):
-        raise DataError(f"{name}: damaged index: members outside the tar or keys twice. {fix}")
-    return Shard(path, size, keys, table, Counter(), encoded)
+    fault = _fault(table, indexed, keys)
+    if fault:
+        raise DataError(f"{name}: damaged index: {fault}. {fix}")
+    return Shard(path, indexed, keys, table, Counter(), encoded)
+
+
+def _fault(table: np.ndarray, size: int, keys: list[str]) -> str:
+    """What an index claims that no tar can be; empty where all is well."""
+    if len(set(keys)) != len(keys):
+        return "keys twice"
+    starts = table[:, [DATA_OFFSET, CAPTION_OFFSET]].ravel()
+    sizes = table[:, [DATA_SIZE, CAPTION_SIZE]].ravel()
+    # Each bounded on its own first: the sum of two huge numbers wraps round.
+    outside = (starts > size) | (sizes > size) | (starts + sizes > size)
+    if (table < 0).any() or outside.any():
+        return "members outside the tar"
+    starts, ends = starts[sizes > 0], (starts + sizes)[sizes > 0]
+    order = np.argsort(starts)
+    if (starts[order][1:] < ends[order][:-1]).any():
+        return "members that overlap"
+    if (table[:, [WIDTH, HEIGHT]] > MAX_SIDE).any():
+        return f"pictures of more than {MAX_SIDE} pixels a side"
+    return ""
 
 
 def scan_shard(path: str) -> Shard:

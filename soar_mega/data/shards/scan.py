@@ -17,6 +17,7 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 CAPTION_EXTENSIONS = ("txt", "json")  # in order of preference
 MAX_MEMBERS = 1_000_000  # of one tar
 MAX_HEADER_BYTES = 2**20
+MAX_NAME_LENGTH = 1024
 _BLOCK, _TAIL = 512, 2**16  # of the tail, this much is looked at; writers pad to 10 KiB
 
 
@@ -69,7 +70,10 @@ def scan_tar(path: str) -> ScannedTar:
                 end = _scan(path, tar, size, members, ignored)
             if end is not None:
                 _check_end(path, file, end, size, ignored)
-    except (OSError, tarfile.TarError, UnicodeError) as error:
+    except DataError:
+        raise
+    # Damaged extended headers make tarfile raise nearly anything, ValueError most of all.
+    except Exception as error:
         raise DataError(
             f"{path}: not readable as an uncompressed tar ({error}): damaged, compressed or "
             "without permission. Write or copy it again, or take it out."
@@ -81,7 +85,7 @@ def _scan(
     path: str, tar: tarfile.TarFile, size: int, members: Members, ignored: Counter[str]
 ) -> int | None:
     """Where the archive should end; None: it was cut before."""
-    number = 0
+    number, last = 0, -1
     while True:
         try:
             info = tar.next()
@@ -94,6 +98,10 @@ def _scan(
             return None
         if info is None:
             return int(tar.offset)
+        # Some versions of Python go round in circles on such.
+        if info.size < 0 or info.offset <= last:
+            raise tarfile.ReadError(f"a member of {info.size} bytes at byte {info.offset}")
+        last = info.offset
         number += 1
         if number > MAX_MEMBERS:
             raise DataError(
@@ -101,6 +109,7 @@ def _scan(
                 "tools/prepare_data.py makes shards of any size."
             )
         tar.members.clear()  # type: ignore[attr-defined]  # or it keeps them all
+        tar.pax_headers = {}  # of global headers, too
         if info.isreg() and not info.issparse() and info.offset_data + info.size > size:
             ignored[CUT] += 1
             return None
@@ -115,11 +124,11 @@ def _take(path: str, info: tarfile.TarInfo, members: Members, ignored: Counter[s
         ignored["links, devices and sparse files"] += 1
         return
     name = info.name.removeprefix("./")
-    parts = name.split("/")
-    stem, dot, extension = parts[-1].partition(".")
-    if not stem or "" in parts or ".." in parts or not name.isprintable():
+    if not usable_name(name):
         ignored["odd names"] += 1
         return
+    parts = name.split("/")
+    stem, dot, extension = parts[-1].partition(".")
     extension = extension.lower()
     if not dot or extension not in IMAGE_EXTENSIONS + CAPTION_EXTENSIONS:
         ignored["other extensions"] += 1
@@ -133,6 +142,14 @@ def _take(path: str, info: tarfile.TarInfo, members: Members, ignored: Counter[s
             "image and one caption of a kind. Give each sample a key of its own."
         )
     kinds[extension] = (info.offset_data, info.size)
+
+
+def usable_name(name: str) -> bool:
+    """Whether a key, or a member of it, may be called so: a relative path that stays in its
+    folder, printable and of sane length, the last part not hidden."""
+    parts = name.split("/")
+    odd = "" in parts or ".." in parts or parts[-1].startswith(".")
+    return not odd and name.isprintable() and len(name) <= MAX_NAME_LENGTH
 
 
 def _check_end(path: str, file: _HeaderFile, end: int, size: int, ignored: Counter[str]) -> None:
