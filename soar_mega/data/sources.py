@@ -74,9 +74,7 @@ def open_training_data(data: DataConfig, *, seed: int, group_size: int) -> Train
             "all with tools/encode_data.py, or none."
         )
     index = ShardIndex([shard for part in indexes for shard in part.shards], files)
-    # This window and the next, which is fetched ahead.
-    window = 2 * (data.shuffle_shards or len(index.shards))
-    check_cache(index.shards, window * len(indexes), files)
+    check_cache([part.shards for part in indexes], data.shuffle_shards, files)
     buckets = make_buckets(data.resolution, data.max_aspect_ratio)
     sources = [
         OrderedSource(part.counts, weight, _buckets(part, buckets, data))

@@ -333,13 +333,13 @@ def test_the_cache_must_hold_what_is_read_in_turns(
 ) -> None:
     index = build_index(server.url("/00{0..1}.tar"), files=files)
     each = index.shards[0].size
-    for limit, window, fits in [(2 * each, 9, True), (2 * each - 1, 2, False), (each, 1, True)]:
-        small = ShardFiles(str(tmp_path), limit)
-        if fits:
-            check_cache(index.shards, window, small)
-            continue
-        with pytest.raises(DataError, match=r"data\.cache_gb.*data\.shuffle_shards = 2") as seen:
-            check_cache(index.shards, window, small)
-        assert str(2 * each) in str(seen.value) and str(limit) in str(seen.value)
+    shards = [index.shards, index.shards * 3]  # two and six
+    for held, window in [(8, None), (8, 9), (8, 3), (6, 2), (4, 1)]:
+        check_cache(shards, window, ShardFiles(str(tmp_path), held * each))
+        few = ShardFiles(str(tmp_path), held * each - 1)
+        named = rf"data\.cache_gb.*data\.shuffle_shards = {window or 'null'} keeps up to {held} "
+        with pytest.raises(DataError, match=named) as seen:
+            check_cache(shards, window, few)
+        assert str(held * each) in str(seen.value) and str(few.cache_bytes) in str(seen.value)
     local = build_index(str(tmp_path / "served" / "*.tar"))
-    check_cache(local.shards, 9, ShardFiles())
+    check_cache([local.shards], 9, ShardFiles())

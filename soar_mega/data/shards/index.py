@@ -262,26 +262,27 @@ def index_shard(path: str, files: ShardFiles) -> Shard:
     return scan_shard(path)
 
 
-def check_cache(shards: Sequence[Shard], window: int, files: ShardFiles) -> None:
-    """Refuse a cache that cannot hold any ``window`` remote shards at once: each would be fetched
-    again and again.
+def check_cache(sources: Sequence[Sequence[Shard]], window: int | None, files: ShardFiles) -> None:
+    """Refuse a cache that cannot hold any window of each source's remote shards, and the next,
+    which is fetched ahead: shards would be fetched again and again.
 
     Args:
-        shards: Those of the run.
-        window: How many are read in one stretch (``data.shuffle_shards``).
+        sources: The shards of each.
+        window: ``data.shuffle_shards``.
         files: What reads them.
 
     Raises:
         DataError: It names the settings, the bytes needed and the fix.
     """
-    sizes = sorted((shard.size for shard in shards if is_remote(shard.path)), reverse=True)[:window]
-    needed = sum(sizes)
+    remote = [[shard.size for shard in shards if is_remote(shard.path)] for shards in sources]
+    held = [sorted(sizes, reverse=True)[: 2 * window if window else None] for sizes in remote]
+    needed = sum(map(sum, held))
     if needed > files.cache_bytes:
         raise DataError(
-            f"data.cache_gb allows {files.cache_bytes} bytes, but the {len(sizes)} largest shards, "
-            f"which data.shuffle_shards = {window} reads in turns, take up {needed}. Set "
-            f"data.cache_gb to at least {math.ceil(needed / 1e8) / 10}, lower data.shuffle_shards "
-            "or make smaller shards."
+            f"data.cache_gb allows {files.cache_bytes} bytes, but data.shuffle_shards = "
+            f"{window or 'null'} keeps up to {sum(map(len, held))} shards at once (those in use and "
+            f"those that come next), of {needed} bytes. Set data.cache_gb to at least "
+            f"{math.ceil(needed / 1e8) / 10}, lower data.shuffle_shards or make smaller shards."
         )
 
 
