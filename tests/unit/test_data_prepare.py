@@ -17,14 +17,17 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from soar_mega.data import processes
+from soar_mega.data.decode import check as decode_check
 from soar_mega.data.decode import pil as decode
 from soar_mega.data.errors import DataError
 from soar_mega.data.prepare import check as prepare_check
 from soar_mega.data.prepare import run as prepare_module
 from soar_mega.data.prepare import write as prepare_write
 from soar_mega.data.prepare.run import prepare
-from soar_mega.data.prepare.write import index_path, key_of
+from soar_mega.data.prepare.write import key_of
 from soar_mega.data.shards.index import MAX_CAPTION_BYTES, build_index
+from soar_mega.data.shards.write_index import index_path
 from tests.unit.test_data_index import picture, write_tar
 from tools import prepare_data
 
@@ -141,7 +144,7 @@ def test_tars_as_img2dataset_writes_them(tmp_path: Path) -> None:
 
 
 def test_refusals_by_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_check, "MAX_PIXELS", 400)
+    monkeypatch.setattr(decode_check, "MAX_PIXELS", 400)
     monkeypatch.setattr(prepare_check, "MAX_IMAGE_BYTES", 10_000)
     jpeg = picture(3, kind="JPEG")
     gif = picture(1, kind="GIF")
@@ -214,7 +217,7 @@ def test_refused_rows_of_a_jsonl(tmp_path: Path) -> None:
 
 
 def test_the_pixel_limit_is_the_decoders(tmp_path: Path) -> None:
-    assert prepare_check.MAX_PIXELS == decode.MAX_PIXELS
+    assert decode_check.MAX_PIXELS == decode.MAX_PIXELS
     side = 2**13 + 1  # a header that claims this, without the pixels
     raw = bytearray(picture())
     raw[16:24] = side.to_bytes(4, "big") * 2
@@ -302,7 +305,7 @@ def test_same_bytes_whoever_makes_them(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_killed_worker_is_told() -> None:
     with pytest.raises(DataError, match=r"--workers=2: a worker was killed"):
-        list(prepare_module._parallel(signal.raise_signal, [signal.SIGKILL] * 2, 2, ""))
+        list(processes.run_parallel(signal.raise_signal, [signal.SIGKILL] * 2, 2, ""))
 
 
 class Stopped(BaseException):

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -255,14 +256,16 @@ def _from_index_file(path: str, data: bytes, size: int) -> Shard:
         rows = [
             (
                 *sample["payload" if encoded else "image"],
-                *sample["caption"],
-                0,
+                *(sample["caption"] or (0, 0)),
+                _caption_kind(sample),
                 sample["width"],
                 sample["height"],
             )
             for sample in samples
         ]
         table = np.array(rows, dtype=np.int64).reshape(len(rows), 7)
+        left_out = dict(record.get("ignored", {}))
+        ignored = Counter({str(name): int(number) for name, number in left_out.items()})
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise DataError(f"{name}: damaged index ({error!r}). {fix}") from error
     if version != INDEX_VERSION:
@@ -272,9 +275,16 @@ def _from_index_file(path: str, data: bytes, size: int) -> Shard:
             f"{name}: stale: it is of a tar of {indexed} bytes, but {path} has {size}. {fix}"
         )
     ends = table[:, [DATA_OFFSET, CAPTION_OFFSET]] + table[:, [DATA_SIZE, CAPTION_SIZE]]
-    if (table < 0).any() or (ends > size).any() or len(set(keys)) != len(keys):
+    below = np.delete(table, CAPTION_KIND, axis=1) < 0
+    if below.any() or (ends > size).any() or len(set(keys)) != len(keys):
         raise DataError(f"{name}: damaged index: members outside the tar or keys twice. {fix}")
-    return Shard(path, size, keys, table, Counter(), encoded)
+    return Shard(path, size, keys, table, ignored, encoded)
+
+
+def _caption_kind(sample: dict[str, Any]) -> int:
+    if sample["caption"] is None:
+        return NO_CAPTION
+    return CAPTION_EXTENSIONS.index(sample.get("caption_extension", "txt"))
 
 
 def scan_shard(path: str) -> Shard:
