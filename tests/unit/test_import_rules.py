@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
 }
 ENTRY_POINTS = {"train"}
 # Not installed everywhere: imported inside the function that needs them.
-OPTIONAL = {"wandb", "nvidia", "transformer_engine", "apex"}
+OPTIONAL = {"wandb", "nvidia", "transformer_engine", "apex", "pyarrow"}
 
 
 def imported(tree: ast.AST, package: str) -> Iterator[tuple[str, ast.stmt]]:

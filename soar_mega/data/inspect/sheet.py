@@ -112,15 +112,19 @@ def _draw_text(
 def _wrapped(text: str, draw: ImageDraw.ImageDraw, font: _Font, width: int, most: int) -> list[str]:
     """``text`` in lines of at most ``width`` pixels; what does not fit ends in three dots."""
     words = " ".join(text[:2000].split())
+    longest = width // 2  # no letter is narrower than 2 pixels
+
+    def fitting(end: str) -> int:
+        lengths = range(min(len(words), longest), 1, -1)
+        return next((n for n in lengths if draw.textlength(words[:n] + end, font) <= width), 1)
+
     lines: list[str] = []
     while words and len(lines) < most:
-        fits = next(
-            (n for n in range(len(words), 1, -1) if draw.textlength(words[:n], font) <= width), 1
-        )
+        fits = fitting("")
+        if fits < len(words) and len(lines) == most - 1:
+            lines.append(words[: fitting("...")] + "...")
+            break
         if fits < len(words):
-            if len(lines) == most - 1:
-                lines.append(words[: max(fits - 3, 1)].rstrip() + "...")
-                break
             space = words.rfind(" ", 0, fits + 1)
             fits = space if space > 0 else fits
         lines.append(words[:fits].rstrip())

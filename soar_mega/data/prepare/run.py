@@ -12,12 +12,14 @@ is, bit for bit, that of an unbroken run with any number of workers.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +81,7 @@ def prepare(
 
     Raises:
         DataError: A setting or an input cannot be used, no candidate is accepted, ``out`` is of
-            another run, or a worker was killed.
+            another run or in use by one, or a worker was killed.
         OSError: The disk is full or a file cannot be read.
     """
     for name, value in (("--samples-per-shard", samples_per_shard), ("--workers", workers)):
@@ -90,9 +92,21 @@ def prepare(
     for item in inputs:
         if os.path.isdir(item) and out.resolve().is_relative_to(Path(item).resolve()):
             raise DataError(f"--out={str(out)!r}: lies in the input {item!r}. Choose another.")
-    candidates = list_candidates(inputs, root)
-    fingerprint = _fingerprint(candidates, prefix, samples_per_shard)
     out.mkdir(parents=True, exist_ok=True)
+    with _alone(out):
+        candidates = list_candidates(inputs, root)
+        return _prepare(candidates, out, prefix, samples_per_shard, workers, progress)
+
+
+def _prepare(
+    candidates: Sequence[Candidate],
+    out: Path,
+    prefix: str,
+    samples_per_shard: int,
+    workers: int,
+    progress: bool,
+) -> Report:
+    fingerprint = _fingerprint(candidates, prefix, samples_per_shard)
     for partial in out.rglob(f".*{PARTIAL}"):  # of a run that was killed
         partial.unlink()
     plan = _plan_of_before(out, prefix, fingerprint)
@@ -105,6 +119,35 @@ def prepare(
         pass
     samples = len(plan["samples"])
     return Report([job.path for job in jobs], len(missing), samples, Counter(plan["refused"]))
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Hold ``out``'s lock, which the system lets go of when this process ends, however it does.
+
+    Raises:
+        DataError: Another run holds it.
+    """
+    path = out / ".lock"
+    while True:
+        with open(path, "wb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise DataError(
+                    f"--out={str(out)!r}: another run is writing to it. Wait for it to end, or "
+                    "choose another folder."
+                ) from error
+            try:
+                if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                    continue  # it was the file of a run that has just ended and removed it
+            except FileNotFoundError:
+                continue
+            try:
+                yield
+            finally:
+                path.unlink()
+            return
 
 
 _PREFIX_LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_"
