@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from soar_mega.data.errors import DataError
+from soar_mega.data.decode import check as decode_check
+from soar_mega.data.errors import BadSampleError, DataError
 from soar_mega.data.inspect import run as inspect_run
+from soar_mega.data.inspect import sheet as sheet_module
 from soar_mega.data.inspect.report import as_json, table
 from soar_mega.data.inspect.run import Summary, inspect, open_shards
 from soar_mega.data.inspect.sheet import choose_samples, contact_sheet
@@ -130,9 +132,16 @@ def test_verify_decodes_everything(tmp_path: Path) -> None:
 def test_same_with_any_number_of_workers_and_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = as_json(look_at(mixed(tmp_path), verify=True))
+    pattern = mixed(tmp_path)
+    one = as_json(look_at(pattern, verify=True))
     monkeypatch.setattr(inspect_run, "CHUNK", 2)
-    assert as_json(look_at(tmp_path / "*.tar", verify=True, workers=2)) == one
+    backwards = inspect_run.run_parallel
+    monkeypatch.setattr(inspect_run, "run_parallel", lambda *a: list(backwards(*a))[::-1])
+    assert as_json(look_at(pattern, verify=True)) == one
+    two = as_json(look_at(pattern, verify=True, write_missing=True, workers=2))
+    assert two == one | {"written": two["written"]} and len(two["written"]) == 2
+    again = as_json(look_at(pattern, verify=True))
+    assert again == one | {"indexed": 2}
 
 
 def test_written_index_says_what_the_tar_says(tmp_path: Path) -> None:
@@ -176,7 +185,8 @@ def test_sizes_come_from_the_index_where_there_is_one(tmp_path: Path) -> None:
         at, size = sample["image"]
         blank[at : at + size] = bytes(size)
     path.write_bytes(blank)
-    assert look_at(path).sizes_N2.tolist() == [[16, 16]] * 2
+    counted = look_at(path)
+    assert counted.sizes_N2.tolist() == [[16, 16]] * 2 and counted.bad == []
     assert {kind for kind, _ in kinds(look_at(path, verify=True))} == {
         "bytes changed",
         "not an image",
@@ -240,6 +250,26 @@ def test_a_tar_damaged_behind_its_index_is_told(tmp_path: Path) -> None:
     path.write_bytes(damaged)
     assert look_at(path).bad == []
     assert kinds(look_at(path, verify=True)) == [("unusable tar", "000.tar")]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s[1].update(image=[-1, 5]),
+        lambda s: s[1].update(caption=[0, -5]),
+        lambda s: s[1].update(image=[0, 10**9]),
+        lambda s: s[1].update(height=-1),
+        lambda s: s[1].update(key=s[0]["key"]),
+        lambda s: s[1].update(caption_extension="pkl"),
+        lambda s: s[1].pop("caption"),
+    ],
+)
+def test_damaged_index_files_are_refused(tmp_path: Path, change: Any) -> None:
+    path = write_shards(tmp_path, [2]) / "000.tar"
+    look_at(path, write_missing=True)
+    change_index(path, change)
+    with pytest.raises(DataError, match=r"000\.tar\.index\.json: damaged index"):
+        open_shards(str(path))
 
 
 def encoded_shard(folder: Path) -> Path:
@@ -333,6 +363,15 @@ def test_sheet_shows_pictures_captions_and_faults(tmp_path: Path) -> None:
     assert lines(0) > lines(1) == 2  # caption and key
     assert (cell(0)[:, 257:266] == 255).all(), "a long caption stays in its cell"
     assert lines(0) == 5 and lines(3) == 2
+
+
+def test_sheet_opens_no_picture_above_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode_check, "MAX_PIXELS", 255)
+    with pytest.raises(BadSampleError) as caught:
+        sheet_module._thumbnail(picture())  # of 256 pixels
+    assert caught.value.kind == "too many pixels"
 
 
 def test_sheet_of_encoded_shards_is_refused(tmp_path: Path) -> None:

@@ -33,7 +33,6 @@ class Piece:
         samples: The shard cut down to them.
         recorded: The index's sha256 of each; empty where there is nothing to compare.
         verify: Read and decode everything.
-        read: Read every picture, though the index may know its size.
     """
 
     number: int
@@ -41,7 +40,6 @@ class Piece:
     samples: Shard
     recorded: list[str | None]
     verify: bool
-    read: bool
 
 
 @dataclass
@@ -80,7 +78,7 @@ def _picture(piece: Piece, index: ShardIndex, row: int, bad: list[Bad]) -> Index
     """Size and hash of a picture (or payload); faults are added to ``bad``."""
     width, height = (int(piece.samples.table[row, column]) for column in (WIDTH, HEIGHT))
     told, encoded, where = (width, height), piece.samples.encoded, index.where(row)
-    if not (piece.verify or (not encoded and (piece.read or not width))):
+    if not piece.verify and (encoded or width):  # without an index no width is known
         return IndexedPicture(width, height, None)
     sha256 = None
     try:

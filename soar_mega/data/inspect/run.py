@@ -149,9 +149,7 @@ def inspect(
     looks: list[list[Look]] = [[] for _ in shards]
     written: list[str] = []
     pieces = [
-        piece
-        for number in range(len(shards))
-        for piece in _pieces(opened, number, verify=verify, write_missing=write_missing)
+        piece for number in range(len(shards)) for piece in _pieces(opened, number, verify=verify)
     ]
     left = Counter(piece.number for piece in pieces)
     for done in run_parallel(look, pieces, workers, "samples" if progress else ""):
@@ -187,15 +185,14 @@ def inspect(
     )
 
 
-def _pieces(opened: OpenShards, number: int, *, verify: bool, write_missing: bool) -> list[Piece]:
+def _pieces(opened: OpenShards, number: int, *, verify: bool) -> list[Piece]:
     shard, recorded = opened.index.shards[number], opened.recorded[number]
     made = []
     for first in range(0, len(shard.keys), CHUNK):
         rows = slice(first, first + CHUNK)
         part = replace(shard, keys=shard.keys[rows], table=shard.table[rows], ignored=Counter())
         told = recorded[rows] if verify and recorded is not None else []
-        read = write_missing and recorded is None
-        made.append(Piece(number, first, part, told, verify, read))
+        made.append(Piece(number, first, part, told, verify))
     return made
 
 
