@@ -133,12 +133,12 @@ def test_rows_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write_parquet(
-    path: Path, columns: dict[str, list[Any]], types: dict[str, Any], **how: Any
+    path: Path, columns: dict[str, list[Any]], types: dict[str, Any] | None = None, **how: Any
 ) -> Path:
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    arrays = {n: pyarrow.array(values, types.get(n)) for n, values in columns.items()}
+    arrays = {n: pyarrow.array(values, (types or {}).get(n)) for n, values in columns.items()}
     parquet.write_table(pyarrow.table(arrays), path, **how)
     return path
 
@@ -176,7 +176,7 @@ def test_parquet_of_hy_soar_and_of_bytes_that_are_no_utf8(tmp_path: Path) -> Non
     put(tmp_path / "a1.png", picture(0))
     put(tmp_path / "b2.png", picture(1))
     columns = {"md5": ["a1", "b2", "c3"], "caption_en": ["first", "x", "y"], "bw": [1, 2, 3]}
-    table = write_parquet(tmp_path / "soar.parquet", columns, {})
+    table = write_parquet(tmp_path / "soar.parquet", columns)
     from pyarrow import parquet
 
     broken = pyarrow.array([b"first", b"caf\xe9", b"y"], pyarrow.binary())
@@ -198,7 +198,7 @@ def test_parquet_is_read_by_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     count = 5000
     columns = {"image": ["a"] * count, "caption": [str(n) for n in range(count)]}
     columns["pixels"] = ["x" * 100] * count
-    table = write_parquet(tmp_path / "rows.parquet", columns, {}, row_group_size=1000)
+    table = write_parquet(tmp_path / "rows.parquet", columns, row_group_size=1000)
     sizes: list[int] = []
     real = parquet.ParquetFile.iter_batches
 
@@ -223,7 +223,7 @@ def test_parquet_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ({"image": [["x"]], "caption": ["c"]}, "column image is of type list"),
     ]
     for columns, words in cases:
-        table = write_parquet(tmp_path / "rows.parquet", columns, {})
+        table = write_parquet(tmp_path / "rows.parquet", columns)
         with pytest.raises(DataError, match=words):
             prepare([str(table)], tmp_path / "out")
     put(tmp_path / "rows.parquet", b"PAR1 no parquet PAR1")
