@@ -17,7 +17,6 @@ from PIL import Image
 from soar_mega.data.decode import check as decode_check
 from soar_mega.data.errors import BadSampleError, DataError
 from soar_mega.data.inspect import run as inspect_run
-from soar_mega.data.inspect import sheet as sheet_module
 from soar_mega.data.inspect.report import as_json, table
 from soar_mega.data.inspect.run import Summary, inspect, open_shards
 from soar_mega.data.inspect.sheet import choose_samples, contact_sheet
@@ -370,7 +369,7 @@ def test_sheet_opens_no_picture_above_the_limit(
 ) -> None:
     monkeypatch.setattr(decode_check, "MAX_PIXELS", 255)
     with pytest.raises(BadSampleError) as caught:
-        sheet_module._thumbnail(picture())  # of 256 pixels
+        decode_check.thumbnail(picture(), 64)  # of 256 pixels
     assert caught.value.kind == "too many pixels"
 
 

@@ -225,6 +225,9 @@ def test_balance(tmp_path: Path, count: int, most: int, sizes: list[int]) -> Non
     assert [path.name for path in report.shards] == [f"v-{n:06d}.tar" for n in range(len(sizes))]
     shards = build_index(list(map(str, report.shards))).shards
     assert [len(shard.keys) for shard in shards] == sizes
+    # Unique in all shards.
+    numbers = [int(key.partition("-")[0]) for shard in shards for key in shard.keys]
+    assert numbers == list(range(count))
     assert Counter(samples(tmp_path / "out")) == Counter(expected(count))
 
 
@@ -369,6 +372,25 @@ def test_goes_on_from_every_rename(
     assert renames.done == left
     assert (report.samples, report.written) == (5, min(left // 2, 3))
     assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_checks_of_another_input_are_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    put(tmp_path / "first" / "a.png", b"")  # refused, unlike what has its place in the other input
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(os, "replace", Renames(1))
+        prepare([str(tmp_path / "first")], out)
+    assert [path.name for path in out.glob(".checked/*.json")] == ["000000000.json"]
+    prepare([str(photos(tmp_path / "second", 3))], out)
+    assert Counter(samples(out)) == Counter(expected(3))
+    assert sorted(path.name for path in out.iterdir()) == [
+        "plan.json",
+        "refused.jsonl",
+        "train-000000.tar",
+        "train-000000.tar.index.json",
+    ]
 
 
 def test_what_is_complete_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

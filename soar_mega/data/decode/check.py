@@ -7,7 +7,7 @@ import io
 import warnings
 from dataclasses import dataclass
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from soar_mega.data.decode.pil import FORMATS, MAX_PIXELS, decode_image
 from soar_mega.data.errors import BadSampleError, DataError
@@ -69,3 +69,22 @@ def check_decodes(data: bytes) -> None:
         decode_image(data, 16)
     except DataError as error:
         raise BadSampleError("truncated or damaged image", str(error.__cause__ or error)) from error
+
+
+def thumbnail(data: bytes, side: int) -> Image.Image:
+    """The whole picture, upright and RGB, at most ``side`` pixels wide and high; what is
+    transparent is white.
+
+    Raises:
+        BadSampleError: See ``read_header`` and ``check_decodes``.
+    """
+    read_header(data)  # its limits come first
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+            opened.draft("RGB", (2 * side, 2 * side))
+            picture = ImageOps.exif_transpose(opened)
+            picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+            picture = picture.convert("RGBA")
+    except Exception as error:  # PIL's plugins raise nearly anything on damaged bytes
+        raise BadSampleError("truncated or damaged image", repr(error)) from error
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")

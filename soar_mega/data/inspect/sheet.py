@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
-from soar_mega.data.decode.check import read_header
-from soar_mega.data.decode.pil import FORMATS
+from soar_mega.data.decode.check import thumbnail
 from soar_mega.data.errors import BadSampleError, DataError
 from soar_mega.data.shards.index import ShardIndex
 
@@ -86,7 +84,7 @@ def _draw_picture(
     top: int,
 ) -> None:
     try:
-        picture = _thumbnail(index.read_image(sample))
+        picture = thumbnail(index.read_image(sample), _CELL)
     except BadSampleError as error:
         draw.rectangle((left, top, left + _CELL - 1, top + _CELL - 1), outline=_WRONG)
         for n, line in enumerate(_wrapped(error.kind, draw, font, _CELL - 16, 8)):
@@ -130,17 +128,3 @@ def _wrapped(text: str, draw: ImageDraw.ImageDraw, font: _Font, width: int, most
         lines.append(words[:fits].rstrip())
         words = words[fits:].lstrip()
     return lines
-
-
-def _thumbnail(data: bytes) -> Image.Image:
-    """The whole picture, upright, at most a cell in size; transparency is white."""
-    read_header(data)  # its limits come first
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-            opened.draft("RGB", (2 * _CELL, 2 * _CELL))
-            picture = ImageOps.exif_transpose(opened)
-            picture.thumbnail((_CELL, _CELL), Image.Resampling.LANCZOS)
-            picture = picture.convert("RGBA")
-    except Exception as error:  # PIL's plugins raise nearly anything on damaged bytes
-        raise BadSampleError("truncated or damaged image", repr(error)) from error
-    return Image.alpha_composite(Image.new("RGBA", picture.size, _PAPER), picture).convert("RGB")

@@ -107,7 +107,7 @@ def _prepare(
     progress: bool,
 ) -> Report:
     fingerprint = _fingerprint(candidates, prefix, samples_per_shard)
-    for partial in out.rglob(f".*{PARTIAL}"):  # of a run that was killed
+    for partial in out.glob(f".*{PARTIAL}"):  # of a run that was killed
         partial.unlink()
     plan = _plan_of_before(out, prefix, fingerprint)
     if plan is None:
