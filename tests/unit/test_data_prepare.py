@@ -473,6 +473,7 @@ def test_of_a_tar_cut_short_the_whole_samples_are_taken(tmp_path: Path) -> None:
         (["--workers", "0"], "--workers=0"),
         (["--prefix", "a/b"], "--prefix='a/b'"),
         (["--out", "in/shards"], "lies in the input"),
+        (["--out", "other/../in/shards"], "lies in the input"),
         (["no.txt"], "INPUT='no.txt'"),
         (["none.jsonl"], "none.jsonl"),
         (["none*.tar"], "none*.tar"),
