@@ -11,7 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from soar_mega.data.shards.index import INDEX_VERSION, scan_shard
+from soar_mega.data.shards.index import scan_shard
+from soar_mega.data.shards.index_file import INDEX_VERSION
 from tests.unit.test_data_index import write_shards
 
 

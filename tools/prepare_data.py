@@ -13,9 +13,10 @@ from soar_mega.data.prepare.run import prepare
 
 _EPILOG = """\
 INPUT is one of
-  a folder    pictures with captions beside them, at any depth: x.jpg and x.txt
+  a folder    pictures with captions beside them, at any depth: x.jpg and x.txt or x.json
   a .jsonl    objects with image and caption, or HY-SOAR's with md5 and caption_en
   a .csv      with the columns image and caption
+  a .parquet  with the same columns as either (needs pyarrow: pip install 'soar-mega[parquet]')
   a .tar      KEY.jpg with KEY.txt or KEY.json (as img2dataset writes them), or a pattern of tars
 or several of them. Pictures are carried byte for byte. What cannot be used is listed with its
 reason in OUT/refused.jsonl. A run that was stopped goes on when the same command is given again.

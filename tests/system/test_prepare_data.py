@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,8 @@ from PIL import Image
 from soar_mega.data.prepare.run import prepare
 from soar_mega.data.shards.index import build_index
 from tests.unit.test_data_index import picture, write_tar
-from tools import prepare_data
+from tests.unit.test_data_tables import write_parquet
+from tools import inspect_data, prepare_data
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "prepare_data.py"
@@ -90,13 +92,22 @@ def test_commands_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         members = [(f"{n}.jpg", picture(n)), (f"{n}.txt", f"caption {n}".encode())]
         write_tar(tmp_path / "downloaded" / f"{n:05d}.tar", members)
 
+    write_parquet(
+        tmp_path / "list.parquet", {n: [row[n] for row in table] for n in ("image", "caption")}
+    )
+
     text = (ROOT / "docs" / "data.md").read_text()
-    commands = re.findall(r"^\.venv/bin/python tools/prepare_data\.py .*$", text, re.MULTILINE)
-    assert len(commands) == 5
-    for command in commands:
-        arguments = shlex.split(command)[2:]
+    commands = re.findall(r"^\.venv/bin/python tools/(\w+)_data\.py (.*)$", text, re.MULTILINE)
+    assert Counter(tool for tool, _ in commands) == {"prepare": 6, "inspect": 3}
+    for tool, command in commands:
+        arguments = shlex.split(command)
+        if tool == "inspect":
+            assert inspect_data.main(arguments) == 0, command
+            continue
         out = tmp_path / arguments[arguments.index("--out") + 1]
         assert prepare_data.main(arguments) == 0, command
         index = build_index(str(out / "*.tar"))
         made = [(index.read_caption(n), index.read_image(n)) for n in range(len(index))]
         assert made == [(f"caption {n}", picture(n)) for n in range(3)], command
+    assert Image.open(tmp_path / "photos.png").width > 2 * 256
+    assert len(list((tmp_path / "downloaded").glob("*.index.json"))) == 3

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import csv
+import fcntl
 import hashlib
 import io
 import json
@@ -17,14 +17,16 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from soar_mega.data import processes
 from soar_mega.data.decode import pil as decode
 from soar_mega.data.errors import DataError
 from soar_mega.data.prepare import check as prepare_check
 from soar_mega.data.prepare import run as prepare_module
 from soar_mega.data.prepare import write as prepare_write
 from soar_mega.data.prepare.run import prepare
-from soar_mega.data.prepare.write import index_path, key_of
+from soar_mega.data.prepare.write import key_of
 from soar_mega.data.shards.index import MAX_CAPTION_BYTES, build_index
+from soar_mega.data.shards.write_index import index_path
 from tests.unit.test_data_index import picture, write_tar
 from tools import prepare_data
 
@@ -71,50 +73,6 @@ def test_folder(tmp_path: Path) -> None:
     assert refused(tmp_path / "out") == []
 
 
-@pytest.mark.parametrize("rooted", [False, True])
-def test_jsonl_of_image_and_caption(tmp_path: Path, rooted: bool) -> None:
-    table = tmp_path / ("lists" if rooted else "in") / "rows.jsonl"
-    photos(tmp_path / "in", 4)
-    rows = [{"image": f"{n % 2}/p{n:02d}.png", "caption": f"caption {n}"} for n in range(4)]
-    put(table, "\n".join(map(json.dumps, rows)) + "\n\n")
-    prepare([str(table)], tmp_path / "out", root=str(tmp_path / "in") if rooted else None)
-    assert samples(tmp_path / "out") == expected(4)
-
-
-def test_jsonl_of_hy_soar(tmp_path: Path) -> None:
-    put(tmp_path / "a1.png", picture(0))
-    put(tmp_path / "b2.webp", picture(1, kind="WEBP"))
-    put(tmp_path.parent / "up.png", picture(2))
-    rows = [
-        {"md5": "a1", "caption_en": "first", "bw": 512, "bh": 512},
-        {"md5": "b2", "caption_en": "second", "bw": 512, "bh": 512},
-        {"md5": "c3", "caption_en": "nowhere"},
-        {"md5": "../up", "caption_en": "outside"},
-    ]
-    table = put(tmp_path / "lists" / "soar.jsonl", "\n".join(map(json.dumps, rows)))
-    prepare([str(table)], tmp_path / "out", root=str(tmp_path))
-    wanted = [("first", picture(0)), ("second", picture(1, kind="WEBP"))]
-    assert samples(tmp_path / "out") == wanted
-    assert [(row["source"], row["reason"]) for row in refused(tmp_path / "out")] == [
-        ("soar.jsonl:3", "no image"),
-        ("soar.jsonl:4", "no image"),
-    ]
-
-
-def test_csv(tmp_path: Path) -> None:
-    photos(tmp_path, 2)
-    long = 'of "two", lines\n' + "x" * 200_000  # longer than the csv module's own limit
-    with open(tmp_path / "rows.csv", "w", newline="") as file:
-        csv.writer(file).writerows(
-            [["n", "caption", "image"], [1, long, "0/p00.png"], [2, "b", "1/p01.png"], [3, "c"]]
-        )
-    before = csv.field_size_limit()
-    prepare([str(tmp_path / "rows.csv")], tmp_path / "out")
-    assert samples(tmp_path / "out") == [(long, picture(0)), ("b", picture(1))]
-    assert [row["reason"] for row in refused(tmp_path / "out")] == ["no image"]
-    assert csv.field_size_limit() == before
-
-
 def test_tars_as_img2dataset_writes_them(tmp_path: Path) -> None:
     about = json.dumps({"caption": "of json", "url": "x"}).encode()
     members = [("0.jpg", picture(0)), ("0.txt", b"of txt"), ("0.json", about)]
@@ -135,6 +93,62 @@ def test_tars_as_img2dataset_writes_them(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "out" / "train-000000.tar") as tar:
         names = [name.rpartition(".")[2] for name in tar.getnames()]
     assert names == ["png", "txt"] * 3
+
+
+def test_img2dataset_tars_with_their_tables_beside(tmp_path: Path) -> None:
+    """As img2dataset 1.x writes 00000.tar: jpg, json, txt by key; _stats.json, .parquet beside."""
+    folder = tmp_path / "downloaded"
+    folder.mkdir()
+    members: list[tuple[str, bytes]] = []
+    for n in range(3):
+        key = f"00000{n:04d}"
+        about = {
+            "caption": f"a photo, number {n}",
+            "url": f"https://example.com/{n}.jpg",
+            "key": key,
+            "status": "success",
+            "error_message": None,
+            "width": 16,
+            "height": 16,
+            "original_width": 32,
+            "original_height": 32,
+            "exif": "{}",
+            "sha256": hashlib.sha256(picture(n)).hexdigest(),
+        }
+        members += [(f"{key}.jpg", picture(n, kind="JPEG"))]
+        members += [(f"{key}.json", json.dumps(about, indent=4).encode())]
+        if (
+            n != 1
+        ):  # without --caption_col there is no txt; the json may have a caption all the same
+            members += [(f"{key}.txt", about["caption"].encode())]  # type: ignore[attr-defined]
+    write_tar(folder / "00000.tar", members)
+    put(folder / "00000_stats.json", json.dumps({"count": 3, "successes": 3}))
+    put(folder / "00000.parquet", b"PAR1")
+    report = prepare([str(folder / "*.tar")], tmp_path / "out")
+    wanted = [(f"a photo, number {n}", picture(n, kind="JPEG")) for n in range(3)]
+    assert samples(tmp_path / "out") == wanted and not report.refused
+    # --output_format files: the same members in a folder.
+    for name, data in members:
+        put(tmp_path / "loose" / "00000" / name, data)
+    put(tmp_path / "loose" / "00000_stats.json", "{}")
+    report = prepare([str(tmp_path / "loose")], tmp_path / "out2")
+    assert samples(tmp_path / "out2") == wanted
+    assert refused(tmp_path / "out2") == [
+        {"source": "00000_stats.json", "reason": "other file", "detail": ""}
+    ]
+    # Trained on as they are.
+    index = build_index(str(folder / "*.tar"))
+    assert [index.read_caption(n) for n in range(3)] == [caption for caption, _ in wanted]
+
+
+def test_tars_are_taken_by_path_however_they_are_named(tmp_path: Path) -> None:
+    for n, name in enumerate(("a", "b", "c")):
+        write_tar(tmp_path / f"{name}.tar", [("0.png", picture(n)), ("0.txt", b"caption %d" % n)])
+    names = [str(tmp_path / f"{name}.tar") for name in "cab"]
+    prepare(names, tmp_path / "out")
+    assert samples(tmp_path / "out") == expected(3)
+    report = prepare(sorted(names), tmp_path / "out")
+    assert report.written == 0, "the same input"
 
 
 # --- what is refused ---------------------------------------------------------------------------
@@ -183,36 +197,6 @@ def test_refusals_by_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert samples(tmp_path / "out") == [(long, picture(0, (20, 20)))]
 
 
-def test_refused_rows_of_a_jsonl(tmp_path: Path) -> None:
-    put(tmp_path / "a.png", picture())
-    rows = [
-        b"{broken",
-        b"[1]",
-        b'{"image": "a.png"}',
-        b'{"image": "a.png", "caption": 7}',
-        b'{"image": "a.png", "caption": "caf\xe9"}',
-        b'{"image": "a.png", "caption": "\\ud800"}',
-        b'{"image": "none.png", "caption": "c"}',
-        b'{"image": "a\\u0000.png", "caption": "c"}',
-        b'{"caption": "c"}',
-        b'{"image": "a.png", "caption": "good"}',
-    ]
-    put(tmp_path / "rows.jsonl", b"\n".join(rows))
-    prepare([str(tmp_path / "rows.jsonl")], tmp_path / "out")
-    assert samples(tmp_path / "out") == [("good", picture())]
-    assert [(row["source"], row["reason"]) for row in refused(tmp_path / "out")] == [
-        ("rows.jsonl:1", "unreadable row"),
-        ("rows.jsonl:2", "unreadable row"),
-        ("rows.jsonl:3", "no caption"),
-        ("rows.jsonl:4", "no caption"),
-        ("rows.jsonl:5", "caption not UTF-8"),
-        ("rows.jsonl:6", "caption not UTF-8"),
-        ("rows.jsonl:7", "no image"),
-        ("rows.jsonl:8", "unreadable image"),
-        ("rows.jsonl:9", "no image"),
-    ]
-
-
 def test_the_pixel_limit_is_the_decoders(tmp_path: Path) -> None:
     side = 2**13 + 1  # a header that claims this, without the pixels
     raw = bytearray(picture())
@@ -239,6 +223,9 @@ def test_balance(tmp_path: Path, count: int, most: int, sizes: list[int]) -> Non
     assert [path.name for path in report.shards] == [f"v-{n:06d}.tar" for n in range(len(sizes))]
     shards = build_index(list(map(str, report.shards))).shards
     assert [len(shard.keys) for shard in shards] == sizes
+    # Unique in all shards.
+    numbers = [int(key.partition("-")[0]) for shard in shards for key in shard.keys]
+    assert numbers == list(range(count))
     assert Counter(samples(tmp_path / "out")) == Counter(expected(count))
 
 
@@ -301,7 +288,48 @@ def test_same_bytes_whoever_makes_them(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_killed_worker_is_told() -> None:
     with pytest.raises(DataError, match=r"--workers=2: a worker was killed"):
-        list(prepare_module._parallel(signal.raise_signal, [signal.SIGKILL] * 2, 2, ""))
+        list(processes.run_parallel(signal.raise_signal, [signal.SIGKILL] * 2, 2, ""))
+
+
+def test_two_runs_may_not_write_to_one_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, out = str(photos(tmp_path / "in", 2)), tmp_path / "out"
+    real, inside = prepare_module._make_plan, []
+
+    def meanwhile(*arguments: Any) -> Any:
+        with pytest.raises(DataError, match=r"--out=.*another run is writing to it"):
+            prepare([folder], out)
+        inside.append((out / ".lock").exists())
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "_make_plan", meanwhile)
+        prepare([folder], out)
+    assert inside == [True] and not (out / ".lock").exists()
+    assert len(samples(out)) == 2
+    (out / ".lock").touch()  # as a killed run leaves it
+    assert prepare([folder], out).written == 0
+    assert not (out / ".lock").exists()
+
+
+def test_a_lock_that_was_removed_meanwhile_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, taken = fcntl.flock, []
+
+    def late(file: Any, how: int) -> None:
+        real(file, how)
+        taken.append(how)
+        if len(taken) == 1:
+            (tmp_path / ".lock").unlink()  # another run ended between open and flock
+        if len(taken) == 2:
+            (tmp_path / ".lock").unlink()
+            (tmp_path / ".lock").touch()  # and a third has begun
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with prepare_module._alone(tmp_path):
+        assert len(taken) == 3 and (tmp_path / ".lock").exists()
 
 
 class Stopped(BaseException):
@@ -342,6 +370,25 @@ def test_goes_on_from_every_rename(
     assert renames.done == left
     assert (report.samples, report.written) == (5, min(left // 2, 3))
     assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_checks_of_another_input_are_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    put(tmp_path / "first" / "a.png", b"")  # refused, unlike what has its place in the other input
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(os, "replace", Renames(1))
+        prepare([str(tmp_path / "first")], out)
+    assert [path.name for path in out.glob(".checked/*.json")] == ["000000000.json"]
+    prepare([str(photos(tmp_path / "second", 3))], out)
+    assert Counter(samples(out)) == Counter(expected(3))
+    assert sorted(path.name for path in out.iterdir()) == [
+        "plan.json",
+        "refused.jsonl",
+        "train-000000.tar",
+        "train-000000.tar.index.json",
+    ]
 
 
 def test_what_is_complete_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -424,6 +471,7 @@ def test_of_a_tar_cut_short_the_whole_samples_are_taken(tmp_path: Path) -> None:
         (["--workers", "0"], "--workers=0"),
         (["--prefix", "a/b"], "--prefix='a/b'"),
         (["--out", "in/shards"], "lies in the input"),
+        (["--out", "other/../in/shards"], "lies in the input"),
         (["no.txt"], "INPUT='no.txt'"),
         (["none.jsonl"], "none.jsonl"),
         (["none*.tar"], "none*.tar"),

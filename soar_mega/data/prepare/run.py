@@ -12,35 +12,27 @@ is, bit for bit, that of an unbroken run with any number of workers.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from soar_mega.data.errors import DataError
-from soar_mega.data.prepare.check import Checked, RefusedError, check
+from soar_mega.data.errors import BadSampleError, DataError
+from soar_mega.data.prepare.check import Checked, check
 from soar_mega.data.prepare.sources import Candidate, list_candidates
-from soar_mega.data.prepare.write import (
-    PARTIAL,
-    ShardJob,
-    dump,
-    is_complete,
-    replacing,
-    write_shard,
-)
+from soar_mega.data.prepare.write import ShardJob, is_complete, write_shard
+from soar_mega.data.processes import run_parallel
+from soar_mega.data.shards.write_index import PARTIAL, dump, replacing
 
 PLAN_VERSION = 1
 CHUNK = 256  # candidates checked between two files of progress
-_Job = TypeVar("_Job")
-_Done = TypeVar("_Done")
 
 
 @dataclass(frozen=True)
@@ -89,7 +81,7 @@ def prepare(
 
     Raises:
         DataError: A setting or an input cannot be used, no candidate is accepted, ``out`` is of
-            another run, or a worker was killed.
+            another run or in use by one, or a worker was killed.
         OSError: The disk is full or a file cannot be read.
     """
     for name, value in (("--samples-per-shard", samples_per_shard), ("--workers", workers)):
@@ -100,10 +92,22 @@ def prepare(
     for item in inputs:
         if os.path.isdir(item) and out.resolve().is_relative_to(Path(item).resolve()):
             raise DataError(f"--out={str(out)!r}: lies in the input {item!r}. Choose another.")
-    candidates = list_candidates(inputs, root)
-    fingerprint = _fingerprint(candidates, prefix, samples_per_shard)
     out.mkdir(parents=True, exist_ok=True)
-    for partial in out.rglob(f".*{PARTIAL}"):  # of a run that was killed
+    with _alone(out):
+        candidates = list_candidates(inputs, root)
+        return _prepare(candidates, out, prefix, samples_per_shard, workers, progress)
+
+
+def _prepare(
+    candidates: Sequence[Candidate],
+    out: Path,
+    prefix: str,
+    samples_per_shard: int,
+    workers: int,
+    progress: bool,
+) -> Report:
+    fingerprint = _fingerprint(candidates, prefix, samples_per_shard)
+    for partial in out.glob(f".*{PARTIAL}"):  # of a run that was killed
         partial.unlink()
     plan = _plan_of_before(out, prefix, fingerprint)
     if plan is None:
@@ -111,10 +115,39 @@ def prepare(
     shutil.rmtree(out / ".checked", ignore_errors=True)
     jobs = list(_jobs(plan, candidates, out, prefix))
     missing = [job for job in jobs if not is_complete(job.path)]
-    for _ in _parallel(write_shard, missing, workers, "shards" if progress else ""):
+    for _ in run_parallel(write_shard, missing, workers, "shards" if progress else ""):
         pass
     samples = len(plan["samples"])
     return Report([job.path for job in jobs], len(missing), samples, Counter(plan["refused"]))
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Hold ``out``'s lock, which the system lets go of when this process ends, however it does.
+
+    Raises:
+        DataError: Another run holds it.
+    """
+    path = out / ".lock"
+    while True:
+        with open(path, "wb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise DataError(
+                    f"--out={str(out)!r}: another run is writing to it. Wait for it to end, or "
+                    "choose another folder."
+                ) from error
+            try:
+                if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                    continue  # it was the file of a run that has just ended and removed it
+            except FileNotFoundError:
+                continue
+            try:
+                yield
+            finally:
+                path.unlink()
+            return
 
 
 _PREFIX_LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_"
@@ -167,7 +200,7 @@ def _make_plan(
         for path, start in zip(paths, starts, strict=True)
         if _results(path, fingerprint) is None
     ]
-    for _ in _parallel(_check_chunk, jobs, workers, "checked" if progress else ""):
+    for _ in run_parallel(_check_chunk, jobs, workers, "checked" if progress else ""):
         pass
     results = [result for path in paths for result in _results(path, fingerprint) or ()]
     samples = [[n, *result] for n, result in enumerate(results) if len(result) > 2]
@@ -199,7 +232,7 @@ def _check_chunk(job: tuple[Path, str, Sequence[Candidate]]) -> int:
     for candidate in candidates:
         try:
             results.append(list(dataclasses.astuple(check(candidate))))
-        except RefusedError as error:
+        except BadSampleError as error:
             results.append([error.kind, str(error)])
     with replacing(path) as file:
         file.write(dump([fingerprint, results]))
@@ -222,45 +255,3 @@ def _jobs(
         first, end = (len(samples) * n // shards for n in (shard, shard + 1))
         chosen = [(candidates[number], Checked(*rest)) for number, *rest in samples[first:end]]
         yield ShardJob(out / f"{prefix}-{shard:06d}.tar", first, chosen)
-
-
-def _parallel(
-    function: Callable[[_Job], _Done], jobs: Sequence[_Job], workers: int, title: str
-) -> Iterator[_Done]:
-    from tqdm import tqdm
-
-    with tqdm(total=len(jobs), desc=title, disable=not title) as bar:
-        if workers == 1 or len(jobs) < 2:
-            for job in jobs:
-                yield function(job)
-                bar.update()
-            return
-        # Not fork: PIL, torch and the bar have threads here.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
-        with ProcessPoolExecutor(min(workers, len(jobs)), context, _end_with_parent) as pool:
-            futures = [pool.submit(function, job) for job in jobs]
-            try:
-                for future in as_completed(futures):
-                    yield future.result()
-                    bar.update()
-            except BrokenExecutor as error:
-                raise DataError(
-                    f"--workers={workers}: a worker was killed, probably for want of memory. Give "
-                    "the same command with fewer to go on."
-                ) from error
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

@@ -6,16 +6,13 @@ stand. Every file, row and key is listed, those that can be no sample with the r
 
 from __future__ import annotations
 
-import csv
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from soar_mega.data.errors import DataError
-from soar_mega.data.shards.index import MAX_CAPTION_BYTES
+from soar_mega.data.prepare.tables import TABLES, table_rows
 from soar_mega.data.shards.patterns import find_shards
 from soar_mega.data.shards.remote import is_remote
 from soar_mega.data.shards.scan import CAPTION_EXTENSIONS, CUT, IMAGE_EXTENSIONS, scan_tar
@@ -56,7 +53,8 @@ def list_candidates(inputs: Sequence[str], root: str | None = None) -> list[Cand
     """Everything that the inputs offer.
 
     Args:
-        inputs: Folders, ``.jsonl`` or ``.csv`` files, tars or patterns of tars, in any mixture.
+        inputs: Folders, ``.jsonl``, ``.csv`` or ``.parquet`` files, tars or patterns of tars, in
+            any mixture.
         root: Folder that paths in tables are relative to; None for the table's own.
 
     Raises:
@@ -69,9 +67,10 @@ def list_candidates(inputs: Sequence[str], root: str | None = None) -> list[Cand
         path = Path(item)
         if path.is_dir():
             found += _in_folder(path)
-        elif path.suffix not in (".jsonl", ".csv"):
+        elif path.suffix not in TABLES:
             raise DataError(
-                f"INPUT={item!r}: no folder, and no file ending in .jsonl, .csv or .tar. Give one."
+                f"INPUT={item!r}: no folder, and no file ending in {', '.join(TABLES)} or .tar. "
+                "Give one."
             )
         else:
             found += _in_table(path, Path(root) if root is not None else path.parent)
@@ -99,38 +98,36 @@ def _in_folder(folder: Path) -> Iterator[Candidate]:
         if path.is_dir():
             yield Candidate(source, refused="other file", detail="a link to a folder")
         elif extension in IMAGE_EXTENSIONS:
-            caption = path.with_suffix(".txt")
-            used.add(caption)
-            yield _from_file(source, path, _part(caption) if caption in present else None)
-        elif path.suffix == ".txt":
+            beside = [path.with_suffix(f".{kind}") for kind in CAPTION_EXTENSIONS]
+            used.update(beside)
+            caption = next((file for file in beside if file in present), None)
+            yield _from_file(source, path, _part(caption) if caption else None)
+        elif path.suffix[1:] in CAPTION_EXTENSIONS:
             waiting.append(path)
         else:
             yield Candidate(source, refused="other file", detail=f"extension {path.suffix!r}")
     for path in waiting:
         if path not in used:
-            yield Candidate(path.relative_to(folder).as_posix(), refused="no image")
+            why = "no image" if path.suffix == ".txt" else "other file"
+            yield Candidate(path.relative_to(folder).as_posix(), refused=why)
 
 
 def _in_table(table: Path, root: Path) -> Iterator[Candidate]:
-    rows = _json_rows(table) if table.suffix == ".jsonl" else _csv_rows(table)
-    try:
-        for line, row in rows:
-            source = f"{table.name}:{line}"
-            if isinstance(row, str):
-                yield Candidate(source, refused="unreadable row", detail=row)
-                continue
-            caption = row.get("caption", row.get("caption_en"))
-            image = row.get("image")
-            if image is None and isinstance(row.get("md5"), str):
-                image = _named_by_md5(root, row["md5"])
-            if not isinstance(image, str) or not image:
-                detail = f"md5 {row['md5']!r}" if "md5" in row else "no field 'image' or 'md5'"
-                yield Candidate(source, refused="no image", detail=detail)
-            else:
-                text = caption if isinstance(caption, str) else None
-                yield _from_file(source, root / image, text)
-    except (OSError, csv.Error) as error:
-        raise DataError(f"INPUT={str(table)!r}: cannot be read: {error}. Correct it.") from error
+    for line, row in table_rows(table):
+        source = f"{table.name}:{line}"
+        if isinstance(row, str):
+            yield Candidate(source, refused="unreadable row", detail=row)
+            continue
+        caption = row.get("caption", row.get("caption_en"))
+        image = row.get("image")
+        if image is None and isinstance(row.get("md5"), str):
+            image = _named_by_md5(root, row["md5"])
+        if not isinstance(image, str) or not image:
+            detail = f"md5 {row['md5']!r}" if "md5" in row else "no field 'image' or 'md5'"
+            yield Candidate(source, refused="no image", detail=detail)
+        else:
+            text = caption if isinstance(caption, str) else None
+            yield _from_file(source, root / image, text)
 
 
 def _named_by_md5(root: Path, md5: str) -> str | None:
@@ -139,42 +136,6 @@ def _named_by_md5(root: Path, md5: str) -> str | None:
         return None
     names = (f"{md5}.{extension}" for extension in IMAGE_EXTENSIONS)
     return next((name for name in names if (root / name).is_file()), None)
-
-
-# Bytes that are no UTF-8 become surrogates, so that the row they are in is refused, not the table.
-_LOSSLESS = "surrogateescape"
-
-
-def _json_rows(table: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """(line number, the object or what is wrong with it)."""
-    with open(table, encoding="utf-8-sig", errors=_LOSSLESS, newline="\n") as file:
-        for line, text in enumerate(file, 1):
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                yield line, f"no json: {error}"
-                continue
-            yield line, row if isinstance(row, dict) else "the json is no object"
-
-
-def _csv_rows(table: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """(number of the row's last line, its fields)."""
-    before = csv.field_size_limit(8 * MAX_CAPTION_BYTES)  # a caption too long is one row's fault
-    try:
-        with open(table, encoding="utf-8-sig", errors=_LOSSLESS, newline="") as file:
-            reader = csv.DictReader(file)
-            missing = {"image", "caption"} - set(reader.fieldnames or ())
-            if missing:
-                raise DataError(
-                    f"INPUT={str(table)!r}: no column {' or '.join(sorted(missing))} in its first "
-                    "line; it must name the columns image and caption. Add it."
-                )
-            for row in reader:
-                yield reader.line_num, row
-    finally:
-        csv.field_size_limit(before)
 
 
 def _in_tar(tar: str) -> Iterator[Candidate]:

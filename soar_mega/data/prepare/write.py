@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
 
-from soar_mega.data.errors import DataError
-from soar_mega.data.prepare.check import Checked, RefusedError, read_caption, read_part
+from soar_mega.data.errors import BadSampleError, DataError
+from soar_mega.data.prepare.check import Checked, read_caption, read_part
 from soar_mega.data.prepare.sources import Candidate
-from soar_mega.data.shards.index import INDEX_VERSION, Shard, scan_shard
+from soar_mega.data.shards.index import scan_shard
+from soar_mega.data.shards.write_index import IndexedPicture, index_path, replacing, write_index
 
-PARTIAL = ".partial"
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
 _NAME_LENGTH = 60  # a tar header holds names of 100 bytes
 
@@ -31,25 +28,9 @@ class ShardJob:
     samples: list[tuple[Candidate, Checked]]
 
 
-def index_path(shard: Path) -> Path:
-    """Where a shard's index lies."""
-    return shard.with_name(shard.name + ".index.json")
-
-
 def key_of(number: int, name: str) -> str:
     """A sample's key, unique by its number: letters, digits, ``-`` and ``_`` of the name follow."""
     return f"{number:08d}-{_UNSAFE.sub('_', name)[:_NAME_LENGTH]}"
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes the place of ``path`` when all of it is on the disk."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
-    with open(partial, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def is_complete(shard: Path) -> bool:
@@ -81,14 +62,12 @@ def write_shard(job: ShardJob) -> int:
         shard = scan_shard(file.name)  # what the trainer will see
         if shard.keys != keys:
             raise DataError(f"{job.path}: does not read back as written; a fault of this program.")
-    with replacing(index_path(job.path)) as file:
-        file.write(dump(_index(job, shard)))
+    pictures = [
+        IndexedPicture(checked.width, checked.height, checked.sha256, candidate.source)
+        for candidate, checked in job.samples
+    ]
+    write_index(job.path, shard, pictures)
     return len(keys)
-
-
-def dump(value: object) -> bytes:
-    """JSON in ASCII, so that names of any bytes survive."""
-    return json.dumps(value, separators=(",", ":")).encode() + b"\n"
 
 
 def _members(candidate: Candidate, checked: Checked) -> dict[str, bytes]:
@@ -102,7 +81,7 @@ def _members(candidate: Candidate, checked: Checked) -> dict[str, bytes]:
 def _unchanged(candidate: Candidate, sha256: str, read: Callable[[], bytes]) -> bytes:
     try:
         data: bytes | None = read()
-    except RefusedError:
+    except BadSampleError:
         data = None
     if data is None or hashlib.sha256(data).hexdigest() != sha256:
         raise DataError(
@@ -110,22 +89,3 @@ def _unchanged(candidate: Candidate, sha256: str, read: Callable[[], bytes]) -> 
             "input alone while it is prepared; start again with an empty --out."
         )
     return data
-
-
-def _index(job: ShardJob, shard: Shard) -> dict[str, Any]:
-    samples = [
-        {
-            "key": key,
-            "image": row[:2],
-            "caption": row[2:4],
-            "width": checked.width,
-            "height": checked.height,
-            "sha256": checked.sha256,
-            "source": candidate.source,
-        }
-        for key, row, (candidate, checked) in zip(
-            shard.keys, shard.table.tolist(), job.samples, strict=True
-        )
-    ]
-    name = job.path.name
-    return {"version": INDEX_VERSION, "shard": name, "size": shard.size, "samples": samples}

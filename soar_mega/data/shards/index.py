@@ -15,56 +15,27 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 
 from soar_mega.data.errors import BadSampleError, DataError
 from soar_mega.data.shards.files import ShardFiles
+from soar_mega.data.shards.index_file import read_index_file
 from soar_mega.data.shards.patterns import find_shards
 from soar_mega.data.shards.remote import index_name, is_remote, shard_name, shown
-from soar_mega.data.shards.scan import (
-    CAPTION_EXTENSIONS,
-    IMAGE_EXTENSIONS,
-    ScannedTar,
-    scan_tar,
-    usable_name,
+from soar_mega.data.shards.scan import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, ScannedTar, scan_tar
+from soar_mega.data.shards.shard import (
+    CAPTION_KIND,
+    CAPTION_OFFSET,
+    DATA_OFFSET,
+    HEIGHT,
+    NO_CAPTION,
+    WIDTH,
+    Shard,
 )
 
 MAX_IMAGE_BYTES = 2**28
 MAX_CAPTION_BYTES = 2**20
-MAX_SIDE = 2**26  # pixels; no decoder of ours takes as many in a whole picture
-INDEX_VERSION = 1
-# Columns of Shard.table.
-DATA_OFFSET, DATA_SIZE, CAPTION_OFFSET, CAPTION_SIZE, CAPTION_KIND, WIDTH, HEIGHT = range(7)
-NO_CAPTION = -1
-
-
-@dataclass(frozen=True)
-class Shard:
-    """The samples of one tar, in the order in which their keys appear.
-
-    Attributes:
-        path: Where the tar lies.
-        size: Its length in bytes.
-        keys: Sample keys, unique within the shard.
-        table: int64 (len(keys), 7): offset and size in bytes of the picture's (or payload's) data,
-            of the caption's, the caption's place in ``CAPTION_EXTENSIONS`` or ``NO_CAPTION``, and
-            the picture's upright width and height in pixels, 0 where unknown.
-        ignored: How many members were left out, by reason.
-        encoded: Its samples are payloads of an encoded set, not pictures.
-    """
-
-    path: str
-    size: int
-    keys: list[str]
-    table: np.ndarray
-    ignored: Counter[str]
-    encoded: bool = False
-
-    def where(self, row: int) -> str:
-        """A sample's place in words, for messages."""
-        return f"{shown(self.path)}, key {self.keys[row]!r}"
 
 
 class ShardIndex:
@@ -250,7 +221,7 @@ def index_shard(path: str, files: ShardFiles) -> Shard:
     """
     data = files.read_index(path)
     if data is not None:
-        shard = _from_index_file(path, data, files.size(path))
+        shard = read_index_file(path, data, files.size(path))
         files.expect(path, shard.size)
         return shard
     if is_remote(path):
@@ -280,64 +251,10 @@ def check_cache(sources: Sequence[Sequence[Shard]], window: int | None, files: S
     if needed > files.cache_bytes:
         raise DataError(
             f"data.cache_gb allows {files.cache_bytes} bytes, but data.shuffle_shards = "
-            f"{window or 'null'} keeps up to {sum(map(len, held))} shards at once (those in use and "
-            f"those that come next), of {needed} bytes. Set data.cache_gb to at least "
+            f"{window or 'null'} keeps up to {sum(map(len, held))} shards at once (in use and to "
+            f"come next), of {needed} bytes. Set data.cache_gb to at least "
             f"{math.ceil(needed / 1e8) / 10}, lower data.shuffle_shards or make smaller shards."
         )
-
-
-def _from_index_file(path: str, data: bytes, size: int | None) -> Shard:
-    fix = "Make it again with tools/prepare_data.py, or delete it to have the tar scanned."
-    name = shown(index_name(path))
-    try:
-        record = json.loads(data)
-        version, indexed = record["version"], record["size"]
-        encoded = record.get("kind", "images") == "encoded"
-        keys: list[str] = []
-        rows: list[tuple[int, ...]] = []
-        for sample in record["samples"]:
-            key, place = sample["key"], sample["payload" if encoded else "image"]
-            row = (*place, *sample["caption"], 0, sample["width"], sample["height"])
-            # numpy would take "12", 1.5 and true for numbers.
-            if len(place) != 2 or len(row) != 7 or any(type(value) is not int for value in row):
-                raise ValueError(f"numbers of key {key!r}")
-            if not (isinstance(key, str) and usable_name(key)):
-                raise ValueError(f"key {key!r}")
-            keys.append(key)
-            rows.append(row)
-        table = np.array(rows, dtype=np.int64).reshape(len(rows), 7)
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-        raise DataError(f"{name}: damaged index ({repr(error)[:500]}). {fix}") from error
-    if version != INDEX_VERSION:
-        raise DataError(f"{name}: version {version!r:.100}; this is version {INDEX_VERSION}. {fix}")
-    if type(indexed) is not int or indexed < 0 or (size is not None and indexed != size):
-        raise DataError(
-            f"{name}: stale: it is of a tar of {indexed!r:.100} bytes, but {shown(path)} has "
-            f"{'unknown' if size is None else size}. {fix}"
-        )
-    fault = _fault(table, indexed, keys)
-    if fault:
-        raise DataError(f"{name}: damaged index: {fault}. {fix}")
-    return Shard(path, indexed, keys, table, Counter(), encoded)
-
-
-def _fault(table: np.ndarray, size: int, keys: list[str]) -> str:
-    """What an index claims that no tar can be; empty where all is well."""
-    if len(set(keys)) != len(keys):
-        return "keys twice"
-    starts = table[:, [DATA_OFFSET, CAPTION_OFFSET]].ravel()
-    sizes = table[:, [DATA_SIZE, CAPTION_SIZE]].ravel()
-    # Each bounded on its own first: the sum of two huge numbers wraps round.
-    outside = (starts > size) | (sizes > size) | (starts + sizes > size)
-    if (table < 0).any() or outside.any():
-        return "members outside the tar"
-    starts, ends = starts[sizes > 0], (starts + sizes)[sizes > 0]
-    order = np.argsort(starts)
-    if (starts[order][1:] < ends[order][:-1]).any():
-        return "members that overlap"
-    if (table[:, [WIDTH, HEIGHT]] > MAX_SIDE).any():
-        return f"pictures of more than {MAX_SIDE} pixels a side"
-    return ""
 
 
 def scan_shard(path: str) -> Shard:

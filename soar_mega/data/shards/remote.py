@@ -158,7 +158,7 @@ def file_system(url: str) -> tuple[Any, str]:
     Raises:
         DataError: It does not know the scheme, or lacks its package.
     """
-    from fsspec.core import url_to_fs  # type: ignore[import-untyped]
+    from fsspec.core import url_to_fs
 
     try:
         system, path = url_to_fs(url)
