@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from soar_mega.config.data import RESOLUTION_STEP
+from soar_mega.config.schema import RESOLUTION_STEP
 
 
 class Bucket(NamedTuple):

@@ -1,0 +1,248 @@
+"""Encodes picture shards into an encoded set, on any number of processes.
+
+1. ``OUT/plan.json`` fixes what the set is made of and which samples a shard gets. Every rank works
+   it out and either writes it or checks that it is the same.
+2. Rank r writes the shards r, r + world size, ... that are not complete: the tar, then its index.
+3. The rank that finds all shards complete writes ``refused.jsonl`` and, last, ``encoded.json``.
+
+Ranks do not talk to each other. Every file appears by rename, so a run that was killed goes on with
+what is missing, on any number of ranks, and the result is, bit for bit, that of an unbroken run.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from soar_mega.config.schema import RESOLUTION_STEP
+from soar_mega.data.buckets import bucket_of, make_buckets
+from soar_mega.data.encoded.adapter import make_decoder
+from soar_mega.data.encoded.encode import SampleEncoder
+from soar_mega.data.encoded.fingerprint import encoder_fingerprint
+from soar_mega.data.encoded.format import (
+    DESCRIPTOR,
+    EMPTY,
+    FORMAT_VERSION,
+    Descriptor,
+    PayloadLayout,
+    Preprocessing,
+)
+from soar_mega.data.encoded.write import collect, remove_partials, write_empty, write_shard
+from soar_mega.data.encoders import FrozenEncoders
+from soar_mega.data.errors import DataError
+from soar_mega.data.model_folder import ModelFacts
+from soar_mega.data.prepare.write import dump, is_complete, replacing
+from soar_mega.data.shards.index import ShardIndex
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class EncodeSettings:
+    """What a set follows from, besides the samples and the model folder.
+
+    Attributes:
+        resolution: Side of the square bucket in pixels.
+        max_sequence_length: T5's tokens.
+        max_aspect_ratio: See ``make_buckets``.
+        samples_per_shard: Samples of the input a shard is made of, at most.
+        decoder: See ``make_decoder``.
+        dtype: The text encoders compute in it: a key of ``DTYPES``.
+    """
+
+    resolution: int
+    max_sequence_length: int
+    max_aspect_ratio: float = 1.0
+    samples_per_shard: int = 1000
+    decoder: str = "pil"
+    dtype: str = "bf16"
+
+    def __post_init__(self) -> None:
+        if self.resolution < 1 or self.resolution % RESOLUTION_STEP:
+            raise DataError(
+                f"--resolution={self.resolution}: must be a multiple of {RESOLUTION_STEP}, as "
+                "data.resolution of the training."
+            )
+        if not 1 <= self.max_sequence_length <= 512:
+            raise DataError(f"--max-sequence-length={self.max_sequence_length}: must be 1 to 512.")
+        if not self.max_aspect_ratio >= 1:
+            raise DataError(f"--max-aspect-ratio={self.max_aspect_ratio}: must be at least 1.")
+        if self.samples_per_shard < 1:
+            raise DataError(f"--samples-per-shard={self.samples_per_shard}: must be at least 1.")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a rank found when it was done.
+
+    Attributes:
+        shards: Shards of the set.
+        written: How many of them this rank wrote.
+        missing: How many are not there yet: other ranks are at work on them.
+        samples: In the set; 0 while shards are missing.
+        refused: Samples left out, by kind; empty while shards are missing.
+    """
+
+    shards: int
+    written: int
+    missing: int
+    samples: int
+    refused: Counter[str]
+
+    def __str__(self) -> str:
+        if self.missing:
+            return (
+                f"wrote {self.written} of {self.shards} shards; {self.missing} are with other "
+                "ranks, the last of which finishes the set"
+            )
+        lines = [f"{self.samples} samples in {self.shards} shards ({self.written} new)"]
+        lines.append(f"{self.refused.total()} refused, listed in refused.jsonl")
+        lines += [f"  {number} {kind}" for kind, number in sorted(self.refused.items())]
+        return "\n".join(lines)
+
+
+def encode(
+    index: ShardIndex,
+    pretrained: str | Path,
+    out: Path,
+    settings: EncodeSettings,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+    batch_size: int = 32,
+    num_decode_threads: int = 2,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Report:
+    """Write this rank's shards of the set, as far as they are not there.
+
+    Args:
+        index: The samples, of picture shards.
+        pretrained: The diffusers folder.
+        out: Folder of the set; absent, empty, or of the same set.
+        settings: What to make.
+        rank: Of this process.
+        world_size: How many processes write the set.
+        device: Where to encode.
+        batch_size: Samples decoded and encoded together; changes memory and speed only.
+        num_decode_threads: Threads that decode.
+        tell: Called with a line when a shard is written.
+
+    Raises:
+        DataError: A setting or the input cannot be used, ``out`` is of another set, or every sample
+            was refused.
+        FolderError: The model folder cannot be used.
+        OSError: The disk is full or a file cannot be written.
+    """
+    if batch_size < 1:
+        raise DataError(f"--batch-size={batch_size}: must be at least 1.")
+    if index.encoded:
+        raise DataError("SHARDS: they are encoded already. Give the picture shards.")
+    facts = ModelFacts.read(pretrained)
+    facts.latent_shape(settings.resolution)
+    buckets = make_buckets(settings.resolution, settings.max_aspect_ratio)
+    if len(buckets) > 1 and not index.sizes().all():
+        raise DataError(
+            f"--max-aspect-ratio={settings.max_aspect_ratio}: needs the pictures' sizes, which "
+            "shards without an index do not tell. Make them anew with tools/prepare_data.py."
+        )
+    components = encoder_fingerprint(pretrained)
+    out.mkdir(parents=True, exist_ok=True)
+    remove_partials(out, rank, world_size)
+    plan = {
+        "version": FORMAT_VERSION,
+        "input": index.fingerprint(),
+        "pretrained": components,
+        **asdict(settings),
+    }
+    _agree_on_plan(out, plan, rank)
+
+    count = -(-len(index) // settings.samples_per_shard)
+    paths = [out / f"encoded-{number:06d}.tar" for number in range(count)]
+    own = [n for n in range(rank, count, world_size) if not is_complete(paths[n])]
+    layout = PayloadLayout.of(facts, settings.max_sequence_length)
+    if own or not (out / EMPTY).exists():
+        dtype = DTYPES[settings.dtype]
+        encoders = FrozenEncoders.load(pretrained, device=device, dtype=dtype)
+        if not (out / EMPTY).exists():
+            write_empty(out, encoders, settings.max_sequence_length, rank)
+        decoder = make_decoder(settings.decoder, num_decode_threads)
+        bucket_of_sample = bucket_of(buckets, index.sizes())
+        worker = SampleEncoder(
+            index, buckets, bucket_of_sample, encoders, layout, decoder, batch_size
+        )
+        try:
+            for done, number in enumerate(own, 1):
+                began = time.monotonic()
+                first, end = (len(index) * n // count for n in (number, number + 1))
+                results = worker.encode(range(first, end))
+                kept = write_shard(paths[number], index, results, rank)
+                speed = (end - first) / (time.monotonic() - began)
+                tell(
+                    f"{paths[number].name} ({done} of {len(own)}): {kept} samples, "
+                    f"{end - first - kept} refused, {speed:.1f} samples/s"
+                )
+        finally:
+            decoder.close()
+
+    missing = sum(not is_complete(path) for path in paths)
+    if missing:
+        return Report(count, len(own), missing, 0, Counter())
+    samples, refused = collect(out, paths, rank)
+    if not samples:
+        raise DataError(
+            f"SHARDS: none of {len(index)} samples can be used; the reasons are in "
+            f"{out / 'refused.jsonl'}."
+        )
+    before = Preprocessing(settings.resolution, buckets, settings.max_sequence_length)
+    descriptor = Descriptor(
+        components=components,
+        preprocessing=before,
+        payload=layout,
+        pretrained=str(pretrained),
+        dtype=settings.dtype,
+        decoder=settings.decoder,
+        shards=count,
+        samples=samples,
+        refused=dict(sorted(refused.items())),
+    )
+    with replacing(out / DESCRIPTOR, rank) as file:
+        file.write(descriptor.to_json())
+    return Report(count, len(own), 0, samples, refused)
+
+
+_OPTIONS = {"input": "SHARDS", "version": "version of the format"}
+
+
+def _agree_on_plan(out: Path, plan: dict[str, Any], rank: int) -> None:
+    # Looked for first: another rank's plan is there before its shards.
+    shards = any(out.glob("*.tar"))
+    path = out / "plan.json"
+    try:
+        before = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        if shards:
+            raise DataError(
+                f"--out={str(out)!r}: has shards but no plan.json, so they are not of this "
+                "program. Choose an empty folder."
+            ) from None
+        with replacing(path, rank) as file:
+            file.write(dump(plan))
+        return
+    names = [
+        _OPTIONS.get(name, "--" + name.replace("_", "-"))
+        for name in plan
+        if before.get(name) != plan[name]
+    ]
+    if names:
+        raise DataError(
+            f"--out={str(out)!r}: its plan.json is of another set: other {', '.join(names)}. Give "
+            "the same again to go on, or choose an empty folder."
+        )
