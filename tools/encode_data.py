@@ -11,9 +11,7 @@ from pathlib import Path
 import torch
 
 from soar_mega.config import ConfigError
-from soar_mega.data.encoded.run import DTYPES, EncodeSettings, encode
-from soar_mega.data.errors import DataError
-from soar_mega.data.model_folder import FolderError
+from soar_mega.data.encoded.run import DTYPES, EncodeProcess, EncodeSettings, encode
 from soar_mega.data.shards.index import build_index
 from soar_mega.launch.environment import ProcessEnvironment
 
@@ -128,14 +126,17 @@ def main(arguments: list[str] | None = None) -> int:
                 decoder=given.decoder,
                 dtype=given.dtype,
             ),
-            rank=place.rank,
-            world_size=place.world_size,
-            device=_device(place),
-            batch_size=given.batch_size,
-            num_decode_threads=given.num_decode_threads,
-            tell=lambda line: print(lead + line, file=sys.stderr, flush=True),
+            EncodeProcess(
+                rank=place.rank,
+                world_size=place.world_size,
+                device=_device(place),
+                batch_size=given.batch_size,
+                num_decode_threads=given.num_decode_threads,
+                tell=lambda line: print(lead + line, file=sys.stderr, flush=True),
+                progress=sys.stderr.isatty() and place.world_size == 1,
+            ),
         )
-    except (ConfigError, DataError, FolderError, ValueError, OSError) as error:
+    except (ConfigError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(lead + str(report))

@@ -5,14 +5,14 @@ Legend: B samples, H/W pixels, N bytes of a payload.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from soar_mega.data.buckets import Bucket
+from soar_mega.data.buckets import Bucket, bucket_of
 from soar_mega.data.decode.interface import DecodeJob, Decoder, View
 from soar_mega.data.encoded.adapter import to_model_range
 from soar_mega.data.encoded.format import PayloadLayout
@@ -53,7 +53,6 @@ class SampleEncoder:
     Args:
         index: The samples.
         buckets: Of the set.
-        bucket_of_sample: Place of each sample's bucket in ``buckets``.
         encoders: The models; their bits of a sample depend on that sample alone.
         layout: Of the payloads.
         decoder: For the pictures.
@@ -63,21 +62,21 @@ class SampleEncoder:
     def __init__(
         self,
         index: ShardIndex,
-        buckets: Sequence[Bucket],
-        bucket_of_sample: np.ndarray,
+        buckets: tuple[Bucket, ...],
         encoders: FrozenEncoders,
         layout: PayloadLayout,
         decoder: Decoder,
         batch_size: int,
     ) -> None:
         self._index, self._decoder, self._batch_size = index, decoder, batch_size
-        self._buckets, self._bucket_of_sample = buckets, bucket_of_sample
+        self._buckets, self._buckets_N = buckets, bucket_of(buckets, index.sizes())
         self._encoders, self._layout = encoders, layout
 
     def encode(self, samples: range) -> Iterator[Encoded | Refused]:
-        """Every sample, in order."""
-        starts = range(0, len(samples), self._batch_size)
-        parts = [samples[start : start + self._batch_size] for start in starts]
+        """Every sample, by bucket: a call of the VAE takes pictures of one size."""
+        ordered = sorted(samples, key=lambda sample: (int(self._buckets_N[sample]), sample))
+        starts = range(0, len(ordered), self._batch_size)
+        parts = [ordered[start : start + self._batch_size] for start in starts]
         with ThreadPoolExecutor(1) as pool:
             ahead = [pool.submit(self._fetch, part) for part in parts[:1]]
             for number in range(len(parts)):
@@ -85,41 +84,40 @@ class SampleEncoder:
                 ahead = [pool.submit(self._fetch, part) for part in parts[number + 1 : number + 2]]
                 yield from self._encode(fetched)
 
-    def _fetch(self, samples: range) -> list[_Picture | Refused]:
+    def _fetch(self, samples: list[int]) -> list[_Picture | Refused]:
         found: dict[int, _Picture | Refused] = {}
-        captions: dict[int, str] = {}
+        whole: list[tuple[int, Bucket, str]] = []
         jobs: list[DecodeJob] = []
         for sample in samples:
+            bucket = self._buckets[self._buckets_N[sample]]
             try:
                 caption = self._index.read_caption(sample)
                 data = self._index.read_image(sample)
             except BadSampleError as error:
                 found[sample] = Refused(sample, error)
                 continue
-            bucket = self._buckets[self._bucket_of_sample[sample]]
-            captions[sample] = caption
+            whole.append((sample, bucket, caption))
             view = View(bucket.height, bucket.width)
             jobs.append(DecodeJob(data, view, self._index.where(sample)))
-        for (sample, caption), pixels in zip(
-            captions.items(), self._decoder.decode(jobs), strict=True
-        ):
+        decoded = self._decoder.decode(jobs)
+        for (sample, bucket, caption), pixels in zip(whole, decoded, strict=True):
             if isinstance(pixels, BadSampleError):
                 found[sample] = Refused(sample, pixels)
             else:
-                bucket = self._buckets[self._bucket_of_sample[sample]]
                 found[sample] = _Picture(sample, bucket, pixels, caption)
         return [found[sample] for sample in samples]
 
     def _encode(self, fetched: list[_Picture | Refused]) -> list[Encoded | Refused]:
-        done = {item.sample: item for item in fetched if isinstance(item, Refused)}
+        done: dict[int, Encoded | Refused] = {}
         by_bucket: dict[Bucket, list[_Picture]] = {}
         for item in fetched:
-            if isinstance(item, _Picture):
+            if isinstance(item, Refused):
+                done[item.sample] = item
+            else:
                 by_bucket.setdefault(item.bucket, []).append(item)
-        encoded: dict[int, Encoded | Refused] = dict(done)
         for pictures in by_bucket.values():
-            encoded.update((item.sample, item) for item in self._encode_bucket(pictures))
-        return [encoded[item.sample] for item in fetched]
+            done.update((item.sample, item) for item in self._encode_bucket(pictures))
+        return [done[item.sample] for item in fetched]
 
     def _encode_bucket(self, pictures: list[_Picture]) -> Iterator[Encoded | Refused]:
         pixels_BHW3 = torch.from_numpy(np.stack([picture.pixels_HW3 for picture in pictures]))

@@ -115,10 +115,10 @@ class PayloadLayout:
         }
         mean_BCHW, logvar_BCHW = parts["posterior"].float().chunk(2, dim=1)
         tokens = self.clip_tokens + self.t5_tokens
-        text_BTE = rows_BN.new_zeros(len(rows_BN), tokens, self.text_width, dtype=dtype)
+        text_BTE = rows_BN.new_empty(len(rows_BN), tokens, self.text_width, dtype=dtype)
         text_BTE[:, : self.clip_tokens, : self.clip_width] = parts["clip"]
-        if self.has_t5:
-            text_BTE[:, self.clip_tokens :] = parts["t5"]
+        text_BTE[:, : self.clip_tokens, self.clip_width :] = 0
+        text_BTE[:, self.clip_tokens :] = parts["t5"] if self.has_t5 else 0
         return EncodedBatch(
             mean_BCHW, logvar_BCHW, TextCondition(text_BTE, parts["pooled"].to(dtype))
         )

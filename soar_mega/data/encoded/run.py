@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from soar_mega.config.schema import RESOLUTION_STEP
-from soar_mega.data.buckets import bucket_of, make_buckets
+from soar_mega.data.buckets import Bucket, make_buckets
 from soar_mega.data.encoded.adapter import make_decoder
 from soar_mega.data.encoded.encode import SampleEncoder
 from soar_mega.data.encoded.fingerprint import encoder_fingerprint
@@ -108,41 +108,56 @@ class Report:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class EncodeProcess:
+    """How this process works; nothing of it changes the set.
+
+    Attributes:
+        rank: Of this process.
+        world_size: How many processes write the set.
+        device: Where to encode.
+        batch_size: Samples decoded and encoded together.
+        num_decode_threads: Threads that decode.
+        tell: Called with a line when a shard is written.
+        progress: Whether to show a bar for each shard.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device | str = "cpu"
+    batch_size: int = 32
+    num_decode_threads: int = 2
+    tell: Callable[[str], None] = lambda line: None
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "num_decode_threads"):
+            if getattr(self, name) < 1:
+                option = "--" + name.replace("_", "-")
+                raise DataError(f"{option}={getattr(self, name)}: must be at least 1.")
+
+
 def encode(
     index: ShardIndex,
     pretrained: str | Path,
     out: Path,
     settings: EncodeSettings,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    device: torch.device | str = "cpu",
-    batch_size: int = 32,
-    num_decode_threads: int = 2,
-    tell: Callable[[str], None] = lambda line: None,
+    process: EncodeProcess,
 ) -> Report:
-    """Write this rank's shards of the set, as far as they are not there.
+    """Write this process's shards of the set, as far as they are not there.
 
     Args:
         index: The samples, of picture shards.
         pretrained: The diffusers folder.
         out: Folder of the set; absent, empty, or of the same set.
         settings: What to make.
-        rank: Of this process.
-        world_size: How many processes write the set.
-        device: Where to encode.
-        batch_size: Samples decoded and encoded together; changes memory and speed only.
-        num_decode_threads: Threads that decode.
-        tell: Called with a line when a shard is written.
+        process: Who makes it.
 
     Raises:
-        DataError: A setting or the input cannot be used, ``out`` is of another set, or every sample
-            was refused.
+        DataError: The input cannot be used, ``out`` is of another set, or every sample was refused.
         FolderError: The model folder cannot be used.
         OSError: The disk is full or a file cannot be written.
     """
-    if batch_size < 1:
-        raise DataError(f"--batch-size={batch_size}: must be at least 1.")
     if index.encoded:
         raise DataError("SHARDS: they are encoded already. Give the picture shards.")
     facts = ModelFacts.read(pretrained)
@@ -154,57 +169,40 @@ def encode(
             "shards without an index do not tell. Make them anew with tools/prepare_data.py."
         )
     components = encoder_fingerprint(pretrained)
+    rank, world_size = process.rank, process.world_size
     out.mkdir(parents=True, exist_ok=True)
     remove_partials(out, rank, world_size)
-    plan = {
-        "version": FORMAT_VERSION,
-        "input": index.fingerprint(),
-        "pretrained": components,
-        **asdict(settings),
-    }
-    _agree_on_plan(out, plan, rank)
+    plan = {"version": FORMAT_VERSION, "input": index.fingerprint(), "pretrained": components}
+    _agree_on_plan(out, {**plan, **asdict(settings)}, rank)
 
     count = -(-len(index) // settings.samples_per_shard)
     paths = [out / f"encoded-{number:06d}.tar" for number in range(count)]
-    own = [n for n in range(rank, count, world_size) if not is_complete(paths[n])]
+    ends = [len(index) * number // count for number in range(count + 1)]
+    todo = {
+        paths[number]: range(ends[number], ends[number + 1])
+        for number in range(rank, count, world_size)
+        if not is_complete(paths[number])
+    }
     layout = PayloadLayout.of(facts, settings.max_sequence_length)
-    if own or not (out / EMPTY).exists():
+    if todo or not (out / EMPTY).exists():
         dtype = DTYPES[settings.dtype]
-        encoders = FrozenEncoders.load(pretrained, device=device, dtype=dtype)
+        encoders = FrozenEncoders.load(pretrained, device=process.device, dtype=dtype)
         if not (out / EMPTY).exists():
-            write_empty(out, encoders, settings.max_sequence_length, rank)
-        decoder = make_decoder(settings.decoder, num_decode_threads)
-        bucket_of_sample = bucket_of(buckets, index.sizes())
-        worker = SampleEncoder(
-            index, buckets, bucket_of_sample, encoders, layout, decoder, batch_size
-        )
-        try:
-            for done, number in enumerate(own, 1):
-                began = time.monotonic()
-                first, end = (len(index) * n // count for n in (number, number + 1))
-                results = worker.encode(range(first, end))
-                kept = write_shard(paths[number], index, results, rank)
-                speed = (end - first) / (time.monotonic() - began)
-                tell(
-                    f"{paths[number].name} ({done} of {len(own)}): {kept} samples, "
-                    f"{end - first - kept} refused, {speed:.1f} samples/s"
-                )
-        finally:
-            decoder.close()
+            write_empty(out / EMPTY, encoders, layout.t5_tokens, rank)
+        _write_shards(todo, index, encoders, buckets, layout, settings.decoder, process)
 
     missing = sum(not is_complete(path) for path in paths)
     if missing:
-        return Report(count, len(own), missing, 0, Counter())
-    samples, refused = collect(out, paths, rank)
+        return Report(count, len(todo), missing, 0, Counter())
+    samples, refused = collect(out / "refused.jsonl", paths, rank)
     if not samples:
         raise DataError(
             f"SHARDS: none of {len(index)} samples can be used; the reasons are in "
             f"{out / 'refused.jsonl'}."
         )
-    before = Preprocessing(settings.resolution, buckets, settings.max_sequence_length)
     descriptor = Descriptor(
         components=components,
-        preprocessing=before,
+        preprocessing=Preprocessing(settings.resolution, buckets, settings.max_sequence_length),
         payload=layout,
         pretrained=str(pretrained),
         dtype=settings.dtype,
@@ -215,7 +213,35 @@ def encode(
     )
     with replacing(out / DESCRIPTOR, rank) as file:
         file.write(descriptor.to_json())
-    return Report(count, len(own), 0, samples, refused)
+    return Report(count, len(todo), 0, samples, refused)
+
+
+def _write_shards(
+    todo: dict[Path, range],
+    index: ShardIndex,
+    encoders: FrozenEncoders,
+    buckets: tuple[Bucket, ...],
+    layout: PayloadLayout,
+    decoder_name: str,
+    process: EncodeProcess,
+) -> None:
+    from tqdm import tqdm
+
+    decoder = make_decoder(decoder_name, process.num_decode_threads)
+    worker = SampleEncoder(index, buckets, encoders, layout, decoder, process.batch_size)
+    try:
+        for number, (path, samples) in enumerate(todo.items(), 1):
+            began = time.monotonic()
+            hidden, total = not process.progress, len(samples)
+            results = tqdm(worker.encode(samples), path.name, total, leave=False, disable=hidden)
+            kept = write_shard(path, index, results, process.rank)
+            speed = total / (time.monotonic() - began)
+            process.tell(
+                f"{path.name} ({number} of {len(todo)}): {kept} samples, {total - kept} refused, "
+                f"{speed:.1f} samples/s"
+            )
+    finally:
+        decoder.close()
 
 
 _OPTIONS = {"input": "SHARDS", "version": "version of the format"}
@@ -236,12 +262,12 @@ def _agree_on_plan(out: Path, plan: dict[str, Any], rank: int) -> None:
         with replacing(path, rank) as file:
             file.write(dump(plan))
         return
-    names = [
-        _OPTIONS.get(name, "--" + name.replace("_", "-"))
-        for name in plan
-        if before.get(name) != plan[name]
-    ]
-    if names:
+    if before != plan:
+        names = [
+            _OPTIONS.get(name, "--" + name.replace("_", "-"))
+            for name in plan
+            if before.get(name) != plan[name]
+        ]
         raise DataError(
             f"--out={str(out)!r}: its plan.json is of another set: other {', '.join(names)}. Give "
             "the same again to go on, or choose an empty folder."

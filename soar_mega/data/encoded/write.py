@@ -13,7 +13,6 @@ from typing import Any
 from safetensors.torch import save
 
 from soar_mega.data.encoded.encode import Encoded, Refused
-from soar_mega.data.encoded.format import EMPTY
 from soar_mega.data.encoders import FrozenEncoders
 from soar_mega.data.prepare.write import PARTIAL, dump, index_path, key_of, replacing
 from soar_mega.data.shards.index import INDEX_VERSION, ShardIndex
@@ -27,12 +26,12 @@ def remove_partials(out: Path, rank: int, world_size: int) -> None:
             partial.unlink()
 
 
-def write_empty(out: Path, encoders: FrozenEncoders, max_sequence_length: int, rank: int) -> None:
+def write_empty(path: Path, encoders: FrozenEncoders, max_sequence_length: int, rank: int) -> None:
     """Write the empty prompt's embeddings."""
     empty = encoders.encode_prompts([""], max_sequence_length)
     tensors = {"text": empty.text_BTE[0], "pooled": empty.pooled_BV[0]}
     stored = {name: tensor.bfloat16().cpu().contiguous() for name, tensor in tensors.items()}
-    with replacing(out / EMPTY, rank) as file:
+    with replacing(path, rank) as file:
         file.write(save(stored))
 
 
@@ -83,12 +82,12 @@ def write_shard(
     return len(rows)
 
 
-def collect(out: Path, paths: list[Path], rank: int) -> tuple[int, Counter[str]]:
+def collect(path: Path, shards: list[Path], rank: int) -> tuple[int, Counter[str]]:
     """Write ``refused.jsonl`` from the shards' indexes; returns samples, and refused by kind."""
     samples, refused = 0, Counter[str]()
-    with replacing(out / "refused.jsonl", rank) as file:
-        for path in paths:
-            record = json.loads(index_path(path).read_bytes())
+    with replacing(path, rank) as file:
+        for shard in shards:
+            record = json.loads(index_path(shard).read_bytes())
             samples += len(record["samples"])
             for entry in record["refused"]:
                 refused[entry["reason"]] += 1
