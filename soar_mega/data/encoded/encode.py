@@ -33,10 +33,11 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Refused:
-    """A sample that is left out, and why."""
+    """A sample that is left out; why in a few words, and more about that."""
 
     sample: int
-    error: BadSampleError
+    kind: str
+    detail: str
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class SampleEncoder:
                 caption = self._index.read_caption(sample)
                 data = self._index.read_image(sample)
             except BadSampleError as error:
-                found[sample] = Refused(sample, error)
+                found[sample] = Refused(sample, error.kind, str(error))
                 continue
             whole.append((sample, bucket, caption))
             view = View(bucket.height, bucket.width)
@@ -102,7 +103,7 @@ class SampleEncoder:
         decoded = self._decoder.decode(jobs)
         for (sample, bucket, caption), pixels in zip(whole, decoded, strict=True):
             if isinstance(pixels, BadSampleError):
-                found[sample] = Refused(sample, pixels)
+                found[sample] = Refused(sample, pixels.kind, str(pixels))
             else:
                 found[sample] = _Picture(sample, bucket, pixels, caption)
         return [found[sample] for sample in samples]
@@ -132,7 +133,4 @@ class SampleEncoder:
                 yield Encoded(picture.sample, picture.bucket, row_N.numpy(), picture.caption)
             else:
                 where = self._index.where(picture.sample)
-                yield Refused(
-                    picture.sample,
-                    BadSampleError("not finite", f"{where}: an encoder gave NaN or infinity."),
-                )
+                yield Refused(picture.sample, "not finite", f"{where}: NaN or infinity encoded")

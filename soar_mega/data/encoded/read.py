@@ -86,9 +86,9 @@ class EncodedSet:
                     f"{lead}the sets {first!r} and {folder!r} were not made alike: they differ in "
                     f"{_difference(descriptor, other)}. Encode one of them again with {_TOOL}."
                 )
-        buckets_N = np.full(len(index), -1, dtype=np.int64)
+        sizes_N2, buckets_N = index.sizes(), np.full(len(index), -1, dtype=np.int64)
         for place, bucket in enumerate(descriptor.preprocessing.buckets):
-            buckets_N[(index.sizes() == list(bucket)).all(axis=1)] = place
+            buckets_N[(sizes_N2 == list(bucket)).all(axis=1)] = place
         if (buckets_N < 0).any():
             sample = int(np.argmax(buckets_N < 0))
             raise DataError(
@@ -211,7 +211,7 @@ def _finite(row_N: np.ndarray) -> bool:
 def _descriptor(files: ShardFiles, folder: str, lead: str) -> Descriptor:
     path = posixpath.join(folder, DESCRIPTOR)
     try:
-        data = files.read(path, 0, files.size(path))
+        data = _whole(files, path)
     except DataError as error:
         raise DataError(
             f"{lead}{path}: cannot be read ({error}). The set is not finished, or not copied as a "
@@ -223,12 +223,16 @@ def _descriptor(files: ShardFiles, folder: str, lead: str) -> Descriptor:
         raise DataError(f"{lead}{path}: {error}. Encode the set again with {_TOOL}.") from error
 
 
+def _whole(files: ShardFiles, path: str) -> bytes:
+    return files.read(path, 0, files.size(path) or 0)
+
+
 def _empty(files: ShardFiles, folder: str, descriptor: Descriptor, lead: str) -> TextCondition:
     """The empty prompt's embeddings of a folder: dropout and rollouts need them."""
     path = posixpath.join(folder, EMPTY)
     fix = f"Copy it from the set, or give the same {_TOOL} command once more."
     try:
-        tensors = safetensors.torch.load(files.read(path, 0, files.size(path)))
+        tensors = safetensors.torch.load(_whole(files, path))
     except (DataError, safetensors.SafetensorError) as error:
         raise DataError(
             f"{lead}{path}: the empty prompt's embeddings cannot be read ({error}). {fix}"

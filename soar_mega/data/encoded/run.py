@@ -166,7 +166,8 @@ def encode(
     if len(buckets) > 1 and not index.sizes().all():
         raise DataError(
             f"--max-aspect-ratio={settings.max_aspect_ratio}: needs the pictures' sizes, which "
-            "shards without an index do not tell. Make them anew with tools/prepare_data.py."
+            "only index files tell. Write them with tools/inspect_data.py SHARDS --write-index, or "
+            "set it to 1."
         )
     components = encoder_fingerprint(pretrained)
     rank, world_size = process.rank, process.world_size

@@ -54,8 +54,8 @@ def write_shard(
                 shard, row = index.locate(result.sample)
                 source = f"{os.path.basename(shard.path)}:{shard.keys[row]}"
                 if isinstance(result, Refused):
-                    error = result.error
-                    refused.append({"source": source, "reason": error.kind, "detail": str(error)})
+                    why = {"reason": result.kind, "detail": result.detail}
+                    refused.append({"source": source, **why})
                     continue
                 key = key_of(result.sample, os.path.basename(shard.keys[row]))
                 caption = result.caption.encode()
