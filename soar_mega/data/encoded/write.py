@@ -23,7 +23,7 @@ def remove_partials(out: Path, rank: int, world_size: int) -> None:
     for partial in out.glob(f".*{PARTIAL}"):
         writer = int(partial.name.removesuffix(PARTIAL).rpartition(".")[2])
         if writer == rank or (rank == 0 and writer >= world_size):
-            partial.unlink()
+            partial.unlink(missing_ok=True)
 
 
 def write_empty(path: Path, encoders: FrozenEncoders, max_sequence_length: int, rank: int) -> None:
