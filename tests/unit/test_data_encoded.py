@@ -433,6 +433,12 @@ def test_sets_must_be_made_alike(
     encode(pictures, model, tmp_path / "out", settings, EncodeProcess())
     with pytest.raises(DataError, match=r"not made alike: they differ in max_sequence_length"):
         open_set(made, tmp_path / "out")
+    descriptor = Descriptor.from_json((copy / DESCRIPTOR).read_bytes())
+    other = {**descriptor.components, "vae": "0" * 64}
+    descriptor = dataclasses.replace(descriptor, components=other)
+    (copy / DESCRIPTOR).write_bytes(descriptor.to_json())
+    with pytest.raises(DataError, match=r"not made alike: they differ in vae\. "):
+        open_set(made, copy)
 
 
 # --- damage ------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -42,6 +42,7 @@ from soar_mega.data.prepare.write import dump, is_complete, replacing
 from soar_mega.data.shards.index import ShardIndex
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DecoderName = Literal["pil", "dali"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class EncodeSettings:
     max_sequence_length: int
     max_aspect_ratio: float = 1.0
     samples_per_shard: int = 1000
-    decoder: str = "pil"
+    decoder: DecoderName = "pil"
     dtype: str = "bf16"
 
     def __post_init__(self) -> None:
@@ -223,7 +224,7 @@ def _write_shards(
     encoders: FrozenEncoders,
     buckets: tuple[Bucket, ...],
     layout: PayloadLayout,
-    decoder_name: str,
+    decoder_name: DecoderName,
     process: EncodeProcess,
 ) -> None:
     from tqdm import tqdm
