@@ -287,6 +287,9 @@ def test_goes_on_and_leaves_alone_what_is_there(
     assert lines[1].startswith("encoded-000001.tar (2 of 2): 3 samples, 0 refused, ")
     assert (copy / "encoded-000002.tar").stat().st_mtime_ns == kept
     assert contents(copy) == contents(made)
+    (copy / EMPTY).unlink()
+    assert encode(pictures, model, copy, SETTINGS, EncodeProcess()).written == 0
+    assert contents(copy) == contents(made)
     # Of a finished set the models are not even loaded.
     monkeypatch.setattr(FrozenEncoders, "load", None)
     assert encode(pictures, model, copy, SETTINGS, EncodeProcess()).written == 0
