@@ -74,7 +74,7 @@ class SampleEncoder:
         self._encoders, self._layout = encoders, layout
 
     def encode(self, samples: range) -> Iterator[Encoded | Refused]:
-        """Every sample, by bucket: a call of the VAE takes pictures of one size."""
+        """Every sample, bucket by bucket: a call of the VAE takes pictures of one size."""
         ordered = sorted(samples, key=lambda sample: (int(self._buckets_N[sample]), sample))
         starts = range(0, len(ordered), self._batch_size)
         parts = [ordered[start : start + self._batch_size] for start in starts]
@@ -108,17 +108,15 @@ class SampleEncoder:
                 found[sample] = _Picture(sample, bucket, pixels, caption)
         return [found[sample] for sample in samples]
 
-    def _encode(self, fetched: list[_Picture | Refused]) -> list[Encoded | Refused]:
-        done: dict[int, Encoded | Refused] = {}
+    def _encode(self, fetched: list[_Picture | Refused]) -> Iterator[Encoded | Refused]:
         by_bucket: dict[Bucket, list[_Picture]] = {}
         for item in fetched:
             if isinstance(item, Refused):
-                done[item.sample] = item
+                yield item
             else:
                 by_bucket.setdefault(item.bucket, []).append(item)
         for pictures in by_bucket.values():
-            done.update((item.sample, item) for item in self._encode_bucket(pictures))
-        return [done[item.sample] for item in fetched]
+            yield from self._encode_bucket(pictures)
 
     def _encode_bucket(self, pictures: list[_Picture]) -> Iterator[Encoded | Refused]:
         pixels_BHW3 = torch.from_numpy(np.stack([picture.pixels_HW3 for picture in pictures]))
