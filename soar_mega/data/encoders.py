@@ -11,7 +11,6 @@ width.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from soar_mega.data.libraries import quiet_libraries
+from soar_mega.data.model_folder import ENCODERS, FolderError, ModelFacts, check_folder
 from soar_mega.passes import TextCondition
 
 _PROMPTS_AT_ONCE = 8
@@ -28,117 +28,35 @@ _PROMPTS_AT_ONCE = 8
 _IMAGES_AT_ONCE = {"cpu": 1}
 _IMAGES_AT_ONCE_ELSEWHERE = 8
 
-_CONFIGS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
-_REQUIRED = (
-    "transformer",
-    "scheduler",
-    "vae",
-    "text_encoder",
-    "tokenizer",
-    "text_encoder_2",
-    "tokenizer_2",
-)
-_OPTIONAL = ("text_encoder_3", "tokenizer_3")
-_ENCODERS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 
-
-class FolderError(ValueError):
-    """A folder that is no usable diffusers SD3 model; the message names what is missing."""
-
-
-def check_folder(folder: str | Path, *, setting: str = "model.pretrained") -> dict[str, str]:
-    """Look at file names and json only; nothing heavy is loaded.
-
-    Returns:
-        The class name of each present component, by subfolder.
-
-    Raises:
-        FolderError: No such folder, no ``model_index.json``, another pipeline, or a component that
-            lacks its subfolder, config or (VAE and text encoders) safetensors weights.
-    """
-    root = Path(folder).expanduser()
-    lead = f"{setting}={str(folder)!r}: "
-    fix = " Give a folder that StableDiffusion3Pipeline.save_pretrained wrote."
-    if not root.is_dir():
-        raise FolderError(f"{lead}no such folder (working directory {Path.cwd()}).{fix}")
-    if not (root / "model_index.json").is_file():
-        raise FolderError(f"{lead}no diffusers model: it has no model_index.json.{fix}")
-    record = _json(root / "model_index.json", lead)
-    name = str(record.get("_class_name"))
-    if not name.startswith("StableDiffusion3"):
-        raise FolderError(
-            f"{lead}model_index.json names the pipeline {name!r}, not StableDiffusion3.{fix}"
-        )
-    classes: dict[str, str] = {}
-    missing: list[str] = []
-    for part in _REQUIRED + _OPTIONAL:
-        entry = record.get(part)
-        if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)):
-            if part in _REQUIRED:
-                missing.append(f"{part} (not in model_index.json)")
-            continue
-        classes[part] = entry[1]
-        config = _CONFIGS.get(part.split("_")[0], "config.json")
-        if not (root / part).is_dir():
-            missing.append(f"{part}/")
-        elif not (root / part / config).is_file():
-            missing.append(f"{part}/{config}")
-        elif part in _ENCODERS and not any((root / part).glob("*.safetensors")):
-            missing.append(f"{part}/*.safetensors")
-    if ("text_encoder_3" in classes) != ("tokenizer_3" in classes):
-        missing.append("one of text_encoder_3 and tokenizer_3 (both or neither must be there)")
-    if missing:
-        raise FolderError(f"{lead}incomplete diffusers model: missing {', '.join(missing)}.{fix}")
-    return classes
-
-
-def _json(path: Path, lead: str) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise FolderError(f"{lead}{path.name} cannot be read: {error}") from error
-    if not isinstance(record, dict):
-        raise FolderError(f"{lead}{path.name} is no json object")
-    return record
-
-
-class FrozenEncoders:
-    """VAE and text encoders, without gradient.
+class FrozenEncoders(ModelFacts):
+    """VAE and text encoders, without gradient, and the facts about them.
 
     Args:
+        facts: Of the folder that the models are from.
         vae: ``AutoencoderKL``; runs in its own dtype (fp32 when loaded here).
         text_encoders: CLIP-L, CLIP-G, and T5 or None.
         tokenizers: One for each, same order.
-        text_width: Width E of the transformer's text input (``joint_attention_dim``); the width of
-            the zeros that stand for an absent T5.
-        shift: The scheduler's ``shift``.
         device: Where the models are and results go.
     """
 
     def __init__(
         self,
+        facts: ModelFacts,
         vae: Any,
         text_encoders: Sequence[Any],
         tokenizers: Sequence[Any],
         *,
-        text_width: int,
-        shift: float,
         device: torch.device | str = "cpu",
     ) -> None:
+        super().__init__(**vars(facts))
         self.device = torch.device(device)
         self.vae = vae.to(self.device).eval().requires_grad_(False)
         self.clips = [m.to(self.device).eval().requires_grad_(False) for m in text_encoders[:2]]
         t5 = text_encoders[2] if len(text_encoders) > 2 else None
         self.t5 = None if t5 is None else t5.to(self.device).eval().requires_grad_(False)
         self.tokenizers = list(tokenizers)
-        self.text_width = text_width
-        self.shift = shift
         self.dtype: torch.dtype = self.clips[0].dtype
-        config = vae.config
-        self.latent_channels = int(config.latent_channels)
-        self.downsampling = 2 ** (len(config.block_out_channels) - 1)
-        self.scaling_factor = float(config.scaling_factor)
-        self.shift_factor = float(config.shift_factor or 0.0)
 
     @staticmethod
     def load(
@@ -157,7 +75,7 @@ class FrozenEncoders:
         Raises:
             FolderError: See ``check_folder``; or a component that does not load.
         """
-        classes = check_folder(folder)
+        classes, facts = check_folder(folder), ModelFacts.read(folder)
         # Seconds to import, and only this function needs them.
         import diffusers
         import transformers
@@ -172,39 +90,21 @@ class FrozenEncoders:
             kind = getattr(diffusers if part == "vae" else transformers, name, None)
             if kind is None:
                 raise FolderError(f"{lead}model_index.json: unknown class {name!r} of {part}")
-            options = {"use_safetensors": True} if part in _ENCODERS else {}
+            options = {"use_safetensors": True} if part in ENCODERS else {}
             try:
                 loaded[part] = kind.from_pretrained(root / part, local_files_only=True, **options)
-            except (OSError, ValueError, RuntimeError, KeyError) as error:
+            except Exception as error:  # they raise nearly anything on a damaged folder
                 raise FolderError(f"{lead}{part} does not load as {name}: {error}") from error
-            if part in _ENCODERS:
+            if part in ENCODERS:
                 loaded[part].to(torch.float32 if part == "vae" else dtype)
-        transformer = _json(root / "transformer" / "config.json", lead)
-        scheduler = _json(root / "scheduler" / "scheduler_config.json", lead)
         suffixes = ("", "_2", "_3")
         return FrozenEncoders(
+            facts,
             loaded["vae"],
             [loaded.get(f"text_encoder{s}") for s in suffixes],
             [loaded.get(f"tokenizer{s}") for s in suffixes],
-            text_width=int(transformer["joint_attention_dim"]),
-            shift=float(scheduler.get("shift", 1.0)),
             device=device,
         )
-
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(C, H, W) of the latents of a square picture.
-
-        Raises:
-            ValueError: The VAE's downsampling does not divide ``resolution``.
-        """
-        if resolution % self.downsampling:
-            above = -(-resolution // self.downsampling) * self.downsampling
-            raise ValueError(
-                f"data.resolution={resolution}: must be a multiple of the VAE's downsampling "
-                f"{self.downsampling}; the next is {above}"
-            )
-        side = resolution // self.downsampling
-        return self.latent_channels, side, side
 
     @torch.no_grad()
     def encode_images(self, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor]:
@@ -227,10 +127,6 @@ class FrozenEncoders:
         return torch.cat(means), torch.cat(logvars)
 
     @torch.no_grad()
-    def text_tokens(self, max_sequence_length: int) -> int:
-        """Tokens of an encoded prompt: those of a CLIP and of T5, one after the other."""
-        return int(self.tokenizers[0].model_max_length) + max_sequence_length
-
     def encode_prompts(self, prompts: Sequence[str], max_sequence_length: int) -> TextCondition:
         """What ``StableDiffusion3Pipeline.encode_prompt`` gives for these prompts.
 
@@ -256,10 +152,8 @@ class FrozenEncoders:
     def _encode_prompts(self, prompts: list[str], length: int) -> tuple[Tensor, Tensor]:
         hidden: list[Tensor] = []
         pooled: list[Tensor] = []
-        # As the pipeline does: the first tokenizer's length counts for both CLIPs.
-        clip_length = self.tokenizers[0].model_max_length
         for tokenizer, clip in zip(self.tokenizers, self.clips, strict=False):
-            ids_BT = self._tokens(tokenizer, prompts, clip_length)
+            ids_BT = self._tokens(tokenizer, prompts, self.clip_tokens)
             out = clip(ids_BT, output_hidden_states=True)
             hidden.append(out.hidden_states[-2].to(self.dtype))
             pooled.append(out[0].to(self.dtype))
@@ -283,10 +177,6 @@ class FrozenEncoders:
         )
         ids_BT: Tensor = tokens.input_ids
         return ids_BT.to(self.device)
-
-    def normalise(self, raw_BCHW: Tensor) -> Tensor:
-        """Latents as the transformer sees them: ``(z - shift_factor) * scaling_factor``."""
-        return (raw_BCHW - self.shift_factor) * self.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents_BCHW: Tensor) -> Tensor:

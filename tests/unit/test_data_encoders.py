@@ -17,6 +17,7 @@ from soar_mega.data.decode.model_range import to_model_range
 from soar_mega.data.decode.pil import PilDecoder, decode_one
 from soar_mega.data.encoders import FolderError, FrozenEncoders, check_folder, sample_latents
 from soar_mega.data.loader import StepLoader
+from soar_mega.data.model_folder import ModelFacts
 from soar_mega.data.online import OnlineRows
 from soar_mega.data.order import Order, OrderedSource
 from soar_mega.data.plan import Planner
@@ -263,9 +264,37 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
 def test_a_component_that_does_not_load_is_named(built: Any, tmp_path: Path) -> None:
     folder = tmp_path / "sd3"
     shutil.copytree(built[1], folder)
-    (folder / "text_encoder" / "config.json").write_text("{")
+    config = folder / "text_encoder" / "config.json"
+    record = json.loads(config.read_text())
+    config.write_text(json.dumps({**record, "num_attention_heads": 5}))
     with pytest.raises(FolderError, match="text_encoder does not load as CLIPText"):
         FrozenEncoders.load(folder)
+    config.write_text("{")
+    with pytest.raises(FolderError, match=r"text_encoder/config\.json cannot be read"):
+        FrozenEncoders.load(folder)
+    del record["hidden_size"]
+    config.write_text(json.dumps(record))
+    with pytest.raises(FolderError, match=r"text_encoder/config\.json has no 'hidden_size'"):
+        ModelFacts.read(folder)
+
+
+def test_facts_of_the_json_are_those_of_the_models(built: Any) -> None:
+    pipeline, folder, encoders = built
+    facts = ModelFacts.read(folder)
+    config = pipeline.vae.config
+    assert facts.latent_channels == config.latent_channels
+    assert facts.downsampling == pipeline.vae_scale_factor
+    assert (facts.scaling_factor, facts.shift_factor) == (1.5, 0.06)
+    assert facts.shift == pipeline.scheduler.config.shift
+    assert facts.latent_shape(32) == tuple(
+        encoders.encode_images(torch.zeros(1, 3, 32, 32))[0][0].shape
+    )
+    condition = encoders.encode_prompts(["a"], 9)
+    assert condition.text_BTE.shape[1:] == (facts.text_tokens(9), facts.text_width)
+    assert condition.pooled_BV.shape[1] == facts.pooled_width
+    clips = condition.text_BTE[:, : facts.clip_tokens]
+    assert not clips[..., facts.clip_width :].any() and clips[..., facts.clip_width - 1].all()
+    assert facts.has_t5 and vars(facts).items() <= vars(encoders).items()
 
 
 def pixels_of(index: ShardIndex, samples: Iterable[int]) -> torch.Tensor:

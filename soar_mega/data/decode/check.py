@@ -10,6 +10,7 @@ from PIL import Image
 from soar_mega.data.decode.geometry import swaps_sides
 from soar_mega.data.decode.interface import View
 from soar_mega.data.decode.pil import DAMAGED, decode_one, open_picture, orientation
+from soar_mega.data.errors import BadSampleError
 
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _SMALL = View(16, 16)

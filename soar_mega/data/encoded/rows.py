@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import torch
-from soar_mega.data.encoded.read import EncodedSet
 from torch import Tensor
 
 from soar_mega.data.buckets import Bucket
+from soar_mega.data.encoded.read import EncodedSet
 from soar_mega.data.errors import BadSampleError
 from soar_mega.data.peers import exchange, own_share
 from soar_mega.data.plan import Picture, StepPlan

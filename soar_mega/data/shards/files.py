@@ -92,25 +92,35 @@ class ShardFiles:
             DataError: It cannot be read, or is longer than ``MAX_INDEX_BYTES``.
         """
         name = index_name(path)
-        try:
-            if is_remote(path):
-                self._remote(path)
-                data = self._retry(lambda: read_start(name, MAX_INDEX_BYTES))
-            else:
-                with open(name, "rb") as file:
-                    # Not the cap itself: read() takes that much memory at once.
-                    length = os.fstat(file.fileno()).st_size
-                    data = file.read(min(length, MAX_INDEX_BYTES) + 1)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise DataError(f"{shown(name)}: cannot be read: {_words(error)}") from error
-        if len(data) > MAX_INDEX_BYTES:
+        data = self.read_small(name)
+        if data is not None and len(data) > MAX_INDEX_BYTES:
             raise DataError(
                 f"{shown(name)}: an index of more than {MAX_INDEX_BYTES} bytes, the limit. Make "
                 "shards of fewer samples (tools/prepare_data.py --samples-per-shard)."
             )
         return data
+
+    def read_small(self, path: str) -> bytes | None:
+        """A small file that lies beside shards, past the cache; None where there is none.
+
+        Returns:
+            All of it, or its first bytes, more than ``MAX_INDEX_BYTES``.
+
+        Raises:
+            DataError: It cannot be read.
+        """
+        try:
+            if is_remote(path):
+                self._remote(path)
+                return self._retry(lambda: read_start(path, MAX_INDEX_BYTES))
+            with open(path, "rb") as file:
+                # Not the cap itself: read() takes that much memory at once.
+                length = os.fstat(file.fileno()).st_size
+                return file.read(min(length, MAX_INDEX_BYTES) + 1)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise DataError(f"{shown(path)}: cannot be read: {_words(error)}") from error
 
     def read(self, path: str, offset: int, size: int) -> bytes:
         """Some bytes of a shard.

@@ -46,9 +46,12 @@ def index_path(shard: Path) -> Path:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes the place of ``path`` when all of it is on the disk."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+def replacing(path: Path, writer: int | None = None) -> Iterator[IO[bytes]]:
+    """A file to write that takes the place of ``path`` when all of it is on the disk.
+
+    ``writer`` tells those apart that may write it at the same time; default: the process's id.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid() if writer is None else writer}{PARTIAL}")
     with open(partial, "wb") as file:
         yield file
         file.flush()
