@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from soar_mega.data.encoders import FrozenEncoders, sample_latents
+from soar_mega.data.encoders import sample_latents
 from soar_mega.data.errors import BAD_KINDS
+from soar_mega.data.model_folder import ModelFacts
 from soar_mega.data.plan import Planner, StepPlan
 from soar_mega.data.rows import RowSource
 from soar_mega.parallel.mesh import Mesh
@@ -45,7 +46,7 @@ class StepLoader:
     Args:
         planner: Says what stands in each step.
         source: Brings it.
-        encoders: For the latents' scale.
+        facts: For the latents' scale.
         mesh: This process's place.
         seed: The run's seed (posterior noise).
         micro_batch_size: Slots a microbatch.
@@ -56,14 +57,14 @@ class StepLoader:
         self,
         planner: Planner,
         source: RowSource,
-        encoders: FrozenEncoders,
+        facts: ModelFacts,
         mesh: Mesh,
         *,
         seed: int,
         micro_batch_size: int,
         prefetch_steps: int = 1,
     ) -> None:
-        self._planner, self._source, self._encoders, self._mesh = planner, source, encoders, mesh
+        self._planner, self._source, self._facts, self._mesh = planner, source, facts, mesh
         self._seed, self._micro_batch_size = seed, micro_batch_size
         self._prefetch_steps = prefetch_steps
         self._plans: deque[StepPlan] = deque()
@@ -105,7 +106,7 @@ class StepLoader:
                 MicroBatch(
                     step=step,
                     slots_B=slots_B,
-                    clean_BCHW=self._encoders.normalise(raw_BCHW),
+                    clean_BCHW=self._facts.normalise(raw_BCHW),
                     prompt=rows.prompt,
                     empty=self.empty,
                     weight_B=(rows.bad_B == 0).float().to(self._mesh.device),

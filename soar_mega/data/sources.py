@@ -9,6 +9,7 @@ import numpy as np
 
 from soar_mega.config.data import DataConfig
 from soar_mega.data.buckets import Bucket, bucket_of, make_buckets
+from soar_mega.data.encoded.read import EncodedSet
 from soar_mega.data.errors import DataError
 from soar_mega.data.order import Order, OrderedSource, OrderState
 from soar_mega.data.shards.files import ShardFiles
@@ -25,6 +26,7 @@ class TrainingData:
         source_shards: How many shards each has.
         buckets: Sizes that pictures are brought to.
         order: Which sample comes when.
+        encoded: The payloads, where the samples are encoded.
     """
 
     index: ShardIndex
@@ -32,6 +34,7 @@ class TrainingData:
     source_shards: tuple[int, ...]
     buckets: tuple[Bucket, ...]
     order: Order
+    encoded: EncodedSet | None
 
     def epochs(self, state: OrderState) -> dict[str, float]:
         """How often each source was drawn through, with the fraction of the epoch under way."""
@@ -45,16 +48,20 @@ class TrainingData:
         return hashlib.sha256(facts.encode()).hexdigest()
 
 
-def open_training_data(data: DataConfig, *, seed: int, group_size: int) -> TrainingData:
+def open_training_data(
+    data: DataConfig, pretrained: str, *, seed: int, group_size: int
+) -> TrainingData:
     """Index all sources; the same on every rank.
 
     Args:
         data: The section.
+        pretrained: The model folder; encoded sets must be of its encoders.
         seed: The run's.
         group_size: Consecutive slots of one bucket.
 
     Raises:
-        DataError: A source cannot be used, or picture sizes that buckets need are not known.
+        DataError: A source cannot be used, picture sizes that buckets need are not known, or an
+            encoded set was made with other encoders or settings.
     """
     files = ShardFiles(data.cache_dir, int(data.cache_gb * 1e9), allow_pipe=data.allow_pipe)
     if data.sources:
@@ -82,7 +89,34 @@ def open_training_data(data: DataConfig, *, seed: int, group_size: int) -> Train
     ]
     order = Order(sources, seed, group_size=group_size, window=data.shuffle_shards)
     shards = tuple(len(part.shards) for part in indexes)
-    return TrainingData(index, names, shards, buckets, order)
+    encoded = open_encoded(index, data, pretrained) if index.encoded else None
+    return TrainingData(index, names, shards, buckets, order, encoded)
+
+
+def open_encoded(
+    index: ShardIndex, data: DataConfig, pretrained: str, *, setting: str = "data.shards"
+) -> EncodedSet:
+    """The encoded set of ``index``, if it fits the run.
+
+    Raises:
+        DataError: It is incomplete or was made with other encoders or settings; it would be changed
+            by a setting that only pictures can follow.
+    """
+    for name in ("random_flip", "random_crop", "cache_encoded"):
+        if getattr(data, name):
+            raise DataError(
+                f"data.{name} = true: {setting} are encoded sets, whose latents stay as they are. "
+                "Set it to false, or train on the pictures."
+            )
+    encoded = EncodedSet.open(index, setting=setting, num_threads=max(data.num_workers, 1))
+    encoded.check(
+        pretrained,
+        resolution=data.resolution,
+        max_sequence_length=data.max_sequence_length,
+        buckets=make_buckets(data.resolution, data.max_aspect_ratio),
+        setting=setting,
+    )
+    return encoded
 
 
 def _listed(shards: str | tuple[str, ...]) -> str | list[str]:

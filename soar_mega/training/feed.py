@@ -6,22 +6,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from soar_mega.config import Config, ConfigError
 from soar_mega.data.bad_samples import BadSampleCount
 from soar_mega.data.decode.make import make_decoder
+from soar_mega.data.encoded.rows import EncodedRows
 from soar_mega.data.encoders import FrozenEncoders
 from soar_mega.data.errors import BadSampleError, DataError
 from soar_mega.data.loader import Batch, StepLoader
+from soar_mega.data.model_folder import ModelFacts
 from soar_mega.data.online import OnlineRows
 from soar_mega.data.plan import Picture, Planner, StepPlan
 from soar_mega.data.rank_file import RankFile
+from soar_mega.data.rows import RowSource
 from soar_mega.data.sources import TrainingData
 from soar_mega.parallel.errors import waiting_for
 from soar_mega.parallel.mesh import Mesh
 from soar_mega.passes import MicroBatch, TextCondition
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BAD_SAMPLES, SAMPLE_IDS = "bad_samples", "sample_ids"
 
 
@@ -31,7 +36,8 @@ class Feed:
     Args:
         config, mesh: Of the run.
         data: Its samples.
-        encoders: On the mesh's device.
+        facts: Of the model folder.
+        encoders: On the mesh's device; encoded sets need none.
         step: The next step, from 0.
         saved: ``state`` as a checkpoint has it; None: from the start.
 
@@ -44,7 +50,8 @@ class Feed:
         config: Config,
         mesh: Mesh,
         data: TrainingData,
-        encoders: FrozenEncoders,
+        facts: ModelFacts,
+        encoders: FrozenEncoders | None,
         *,
         step: int = 0,
         saved: Mapping[str, Any] | None = None,
@@ -78,25 +85,39 @@ class Feed:
             step=step,
             state=self._after,
         )
-        rows = OnlineRows(
-            data.index,
-            encoders,
-            mesh,
-            make_decoder(config.data.decoder, config.data.num_workers, device_id=mesh.device.index),
-            micro_batch_size=config.train.micro_batch_size,
-            max_sequence_length=config.data.max_sequence_length,
-            cache=config.data.cache_encoded,
-            num_workers=config.data.num_workers,
-            on_bad=self._note_bad,
-        )
         self._loader = StepLoader(
             planner,
-            rows,
-            encoders,
+            self._rows(encoders),
+            facts,
             mesh,
             seed=config.run.seed,
             micro_batch_size=config.train.micro_batch_size,
             prefetch_steps=config.data.prefetch_steps,
+        )
+
+    def _rows(self, encoders: FrozenEncoders | None) -> RowSource:
+        data, workers = self._config.data, self._config.data.num_workers
+        micro_batch_size = self._config.train.micro_batch_size
+        if self._data.encoded is not None:
+            return EncodedRows(
+                self._data.encoded,
+                self._mesh,
+                micro_batch_size=micro_batch_size,
+                dtype=DTYPES[self._config.precision.compute_dtype],
+                ahead=workers > 0,
+                on_bad=self._note_bad,
+            )
+        assert encoders is not None
+        return OnlineRows(
+            self._data.index,
+            encoders,
+            self._mesh,
+            make_decoder(data.decoder, workers, device_id=self._mesh.device.index),
+            micro_batch_size=micro_batch_size,
+            max_sequence_length=data.max_sequence_length,
+            cache=data.cache_encoded,
+            num_workers=workers,
+            on_bad=self._note_bad,
         )
 
     @property

@@ -23,7 +23,8 @@ from soar_mega.checkpoint.importer import (
 from soar_mega.config import Config, ConfigError
 from soar_mega.config.data import RESOLUTION_STEP, DataConfig
 from soar_mega.data.buckets import make_buckets
-from soar_mega.data.encoders import FrozenEncoders, check_folder
+from soar_mega.data.encoders import FrozenEncoders
+from soar_mega.data.model_folder import ModelFacts, check_folder
 from soar_mega.data.shards.index import ShardIndex, build_index
 from soar_mega.data.sources import TrainingData, open_training_data
 from soar_mega.launch.environment import ProcessEnvironment
@@ -37,11 +38,9 @@ from soar_mega.pipeline.actions import Placement
 from soar_mega.pipeline.engine import Pipeline
 from soar_mega.pipeline.schedules import build_schedule
 from soar_mega.training import saving
-from soar_mega.training.feed import Feed
+from soar_mega.training.feed import DTYPES, Feed
 from soar_mega.training.layout import check_layout, cut_model
 from soar_mega.training.step import Stepper
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def timeout_of(config: Config) -> timedelta:
@@ -68,7 +67,12 @@ def check(config: Config, process: ProcessEnvironment) -> Checked:
     architecture = MMDiTConfig.from_diffusers(read_transformer_config(config.model.pretrained))
     check_layout(config, architecture, process.world_size)
     check_resolution(config.data, architecture)
-    data = open_training_data(config.data, seed=config.run.seed, group_size=config.group_size)
+    data = open_training_data(
+        config.data,
+        config.model.pretrained,
+        seed=config.run.seed,
+        group_size=config.group_size,
+    )
     validation = config.validation
     validation_index = None
     if validation.validation_steps is not None and validation.shards is not None:
@@ -164,6 +168,8 @@ class Run:
 
     Attributes:
         done_steps: Steps already done (of the checkpoint it was resumed from).
+        facts: Of the model folder.
+        encoders: Where something is encoded or decoded while training.
         lineage: Where the starting weights come from, for checkpoints and model cards.
         resumed: The checkpoint it goes on from, or None.
     """
@@ -172,7 +178,8 @@ class Run:
     mesh: Mesh
     stepper: Stepper
     feed: Feed
-    encoders: FrozenEncoders
+    facts: ModelFacts
+    encoders: FrozenEncoders | None
     checked: Checked
     done_steps: int
     lineage: dict[str, Any]
@@ -189,10 +196,12 @@ def build(config: Config, checked: Checked, device: torch.device) -> Run:
         parallel.pipeline_model_parallel_size,
     )
     path = saving.find(config, mesh)
-    encoders = FrozenEncoders.load(
-        config.model.pretrained, device=device, dtype=DTYPES[config.precision.compute_dtype]
-    )
-    shift = config.objective.shift if config.objective.shift is not None else encoders.shift
+    facts, encoders = ModelFacts.read(config.model.pretrained), None
+    if _needs_encoders(config, checked):
+        encoders = FrozenEncoders.load(
+            config.model.pretrained, device=device, dtype=DTYPES[config.precision.compute_dtype]
+        )
+    shift = config.objective.shift if config.objective.shift is not None else facts.shift
     objective = make_objective(config.objective, shift=shift, seed=config.run.seed)
     share = config.train.global_batch_size // mesh.data_size
     schedule = build_schedule(
@@ -202,7 +211,7 @@ def build(config: Config, checked: Checked, device: torch.device) -> Run:
         microbatches=share // config.train.micro_batch_size,
         virtual=parallel.virtual_pipeline_model_parallel_size,
     )
-    stages = _own_stages(config, checked.architecture, encoders, mesh, schedule.step.placement)
+    stages = _own_stages(config, checked.architecture, facts, mesh, schedule.step.placement)
     lineage = {} if path is not None else _starting_weights(config, stages, mesh)
     parameters = ShardedParameters(
         stages,
@@ -217,21 +226,29 @@ def build(config: Config, checked: Checked, device: torch.device) -> Run:
         done_steps, recorded, data_state = saving.resume(stepper, path, checked.data.fingerprint())
         saved = None if config.checkpoint.reset_data else data_state or {}
         lineage = {k: v for k, v in recorded.items() if k not in ("run", "step", "objective")}
-    feed = Feed(config, mesh, checked.data, encoders, step=done_steps, saved=saved)
-    return Run(config, mesh, stepper, feed, encoders, checked, done_steps, lineage, resumed=path)
+    feed = Feed(config, mesh, checked.data, facts, encoders, step=done_steps, saved=saved)
+    return Run(
+        config, mesh, stepper, feed, facts, encoders, checked, done_steps, lineage, resumed=path
+    )
+
+
+def _needs_encoders(config: Config, checked: Checked) -> bool:
+    """Encoded sets save their time and memory, unless pictures are drawn or validated on."""
+    pictures = checked.validation_index is not None and not checked.validation_index.encoded
+    return checked.data.encoded is None or pictures or config.validation.image_steps is not None
 
 
 def _own_stages(
     config: Config,
     architecture: MMDiTConfig,
-    encoders: FrozenEncoders,
+    facts: ModelFacts,
     mesh: Mesh,
     placement: Placement,
 ) -> list[MMDiTStage]:
     """The stages this rank owns, by chunk, without weights."""
-    _, height, width = encoders.latent_shape(config.data.resolution)
+    _, height, width = facts.latent_shape(config.data.resolution)
     image_tokens = height * width // architecture.patch_size**2
-    text_tokens = encoders.text_tokens(config.data.max_sequence_length)
+    text_tokens = facts.text_tokens(config.data.max_sequence_length)
     cut = cut_model(config, architecture, image_tokens, text_tokens)
     backend = TorchBackend()
     return [

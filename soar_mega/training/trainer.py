@@ -252,7 +252,7 @@ def _announce(run: Run, reporter: _Reporter) -> None:
 
 def _sample_flops(run: Run) -> int:
     architecture = run.checked.architecture
-    _, height, width = run.encoders.latent_shape(run.config.data.resolution)
+    _, height, width = run.facts.latent_shape(run.config.data.resolution)
     return forward_flops(
         architecture,
         height * width // architecture.patch_size**2,

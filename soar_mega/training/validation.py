@@ -14,13 +14,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from soar_mega.data.validation import load_validation
+from soar_mega.data.shards.index import ShardIndex
+from soar_mega.data.sources import open_encoded
+from soar_mega.data.validation import encoded_validation, load_validation
 from soar_mega.objectives.sigmas import shift_sigma
 from soar_mega.parallel.errors import waiting_for
 from soar_mega.passes import ModelInput, TextCondition
 from soar_mega.rng import Purpose, normal
 from soar_mega.sampling.generate import generate, start_noise
 from soar_mega.sampling.pictures import grid, to_pictures
+from soar_mega.training.feed import DTYPES
 from soar_mega.training.report import fill_together
 from soar_mega.training.setup import Run
 
@@ -33,17 +36,28 @@ class Validation:
         self.settings = config.validation
         self._latents_SCHW: Tensor | None = None
         if run.checked.validation_index is not None:
-            self._latents_SCHW, self._captions = load_validation(
-                run.checked.validation_index,
-                run.encoders,
-                self.settings.num_samples,
-                resolution=config.data.resolution,
-                max_sequence_length=config.data.max_sequence_length,
-            )
+            self._latents_SCHW, self._captions = self._load(run.checked.validation_index)
         if self.settings.image_steps is not None:
+            assert run.encoders is not None
             self._prompts = run.encoders.encode_prompts(
                 self.settings.prompts, config.data.max_sequence_length
             )
+
+    def _load(self, index: ShardIndex) -> tuple[Tensor, TextCondition]:
+        config, count, encoders = self._run.config, self.settings.num_samples, self._run.encoders
+        if index.encoded:
+            pretrained, setting = config.model.pretrained, "validation.shards"
+            encoded = open_encoded(index, config.data, pretrained, setting=setting)
+            dtype, device = DTYPES[config.precision.compute_dtype], self._run.mesh.device
+            return encoded_validation(encoded, self._run.facts, count, dtype=dtype, device=device)
+        assert encoders is not None
+        return load_validation(
+            index,
+            encoders,
+            count,
+            resolution=config.data.resolution,
+            max_sequence_length=config.data.max_sequence_length,
+        )
 
     def is_due(self, step: int) -> bool:
         """Whether losses are measured after ``step`` steps."""
@@ -63,7 +77,7 @@ class Validation:
         run, mesh = self._run, self._run.mesh
         assert self._latents_SCHW is not None
         S, K = len(self._latents_SCHW), self.settings.num_timesteps
-        shift = run.config.objective.shift or run.encoders.shift
+        shift = run.config.objective.shift or run.facts.shift
         t_K = (torch.arange(K, dtype=torch.float64) + 0.5) / K
         sigma_K = shift_sigma(t_K, shift)
         table_KS = torch.zeros(K, S, dtype=torch.float64, device=mesh.device)
@@ -111,8 +125,9 @@ class Validation:
     def pictures(self, step: int) -> Path | None:
         """Draw the prompts; rank 0 writes ``samples/step_<step>/grid.png`` and returns its path."""
         run, mesh = self._run, self._run.mesh
-        shape = run.encoders.latent_shape(run.config.data.resolution)
+        shape = run.facts.latent_shape(run.config.data.resolution)
         own = list(range(mesh.data_rank, len(self.settings.prompts), mesh.data_size))
+        assert run.encoders is not None
         pictures = {}
         with run.stepper.parameters.borrow(run.stepper.ema.shard):
             if own:
