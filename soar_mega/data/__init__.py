@@ -1,8 +1,8 @@
-"""The data room: shard index, sampler, decoder, frozen encoders and the loader that joins them.
+"""The data room: from shards to the microbatches of a step.
 
-``prepare`` makes shards of folders, lists and other tars, ``inspect`` counts, verifies and shows
-what is in shards. ``shards`` finds the samples in tar shards without extracting anything,
-``sampler`` says which sample stands in which slot of which step, ``decode`` turns image bytes into
-pixels, ``encoders`` turns pixels and captions into latents and text conditions, ``loader`` hands a
+``prepare`` makes shards, ``inspect`` looks at them, ``encoded`` writes and reads sets of latents and
+embeddings. ``shards`` finds samples in tars, wherever they lie. ``sources`` joins what a run trains
+on, ``order`` says which sample comes when, ``plan`` what is made of it in which slot. ``pictures``
+reads and ``decode`` decodes, ``online`` encodes with the models of ``encoders``; ``loader`` hands a
 data-parallel rank all microbatches of a step at once.
 """
