@@ -152,7 +152,7 @@ def work_on_four(tiny: Tiny, seven: Tiny, folder: Path) -> RankOfFour:
             f"checkpoint.resume={path}",
         )
     )
-    run.loader.close()
+    run.feed.close()
     assert_weights(run, state(path), "model")
     return RankOfFour(layouts, padded, padding_of(run))
 

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from soar_mega.data.sampler import Sampler
 from torch import Tensor
 
 from soar_mega.config import Config
@@ -311,13 +310,14 @@ def test_draws_are_distinct(reference: Reference) -> None:
 def test_a_sample_is_encoded_anew_each_epoch(tiny: Tiny, tmp_path: Path) -> None:
     """Posterior noise belongs to the step and slot: the same picture gives other latents later."""
     run = start(tiny.config("sft", tmp_path, f"data.shards={tiny.shards('few')}"))
-    sampler = Sampler(FEW, run.config.run.seed)
+    order = run.checked.data.order
+    draws, _ = order.take(order.start, STEPS * GLOBAL_BATCH)
     latents: dict[int, list[Tensor]] = {}
     for step in range(STEPS):
-        order = sampler.samples_of_step(step, GLOBAL_BATCH)
+        own = draws[step * GLOBAL_BATCH :]
         clean = torch.cat([micro.clean_BCHW for micro in run.feed.load(step)])
-        for (_, sample), latent in zip(order, clean, strict=True):
-            latents.setdefault(sample, []).append(latent)
+        for draw, latent in zip(own, clean, strict=False):
+            latents.setdefault(draw.sample, []).append(latent)
     run.feed.close()
     assert sorted(latents) == list(range(FEW))
     for first, second in latents.values():

@@ -97,7 +97,7 @@ def validate(
         validation = Validation(run)
         found.append(validation.losses())
         assert (validation.pictures(STEPS) is None) == (run.mesh.rank > 0)
-        run.loader.close()
+        run.feed.close()
     return found
 
 
@@ -181,7 +181,7 @@ def test_averaged_weights_are_measured(tiny: Tiny, tmp_path: Path, trained: Path
             )
         )
         found[weights] = Validation(run).losses()
-        run.loader.close()
+        run.feed.close()
     assert found["ema"] == validation_metrics(metrics(trained)[-1])
     assert found["plain"] != found["ema"]
 
