@@ -76,7 +76,9 @@ def check(config: Config, process: ProcessEnvironment) -> Checked:
     validation = config.validation
     validation_index = None
     if validation.validation_steps is not None and validation.shards is not None:
-        validation_index = build_index(validation.shards, setting="validation.shards")
+        validation_index = build_index(
+            validation.shards, setting="validation.shards", files=data.index.files
+        )
         if validation.num_samples > len(validation_index):
             raise ConfigError(
                 f"validation.num_samples = {validation.num_samples}, but validation.shards hold "

@@ -468,6 +468,7 @@ def test_of_a_tar_cut_short_the_whole_samples_are_taken(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         (["--samples-per-shard", "0"], "--samples-per-shard=0: must be at least 1"),
+        (["--samples-per-shard", "50001"], "--samples-per-shard=50001: at most 50000"),
         (["--workers", "0"], "--workers=0"),
         (["--prefix", "a/b"], "--prefix='a/b'"),
         (["--out", "in/shards"], "lies in the input"),

@@ -32,6 +32,8 @@ from soar_mega.data.processes import run_parallel
 from soar_mega.data.shards.write_index import PARTIAL, dump, replacing
 
 PLAN_VERSION = 1
+# About 350 bytes each in an index file, which may have MAX_INDEX_BYTES.
+MAX_SAMPLES_PER_SHARD = 50_000
 CHUNK = 256  # candidates checked between two files of progress
 
 
@@ -84,6 +86,11 @@ def prepare(
             another run or in use by one, or a worker was killed.
         OSError: The disk is full or a file cannot be read.
     """
+    if samples_per_shard > MAX_SAMPLES_PER_SHARD:
+        raise DataError(
+            f"--samples-per-shard={samples_per_shard}: at most {MAX_SAMPLES_PER_SHARD}, so that "
+            "the index files stay small enough to be read. Give fewer."
+        )
     for name, value in (("--samples-per-shard", samples_per_shard), ("--workers", workers)):
         if value < 1:
             raise DataError(f"{name}={value}: must be at least 1.")

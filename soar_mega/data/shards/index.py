@@ -228,7 +228,7 @@ def index_shard(path: str, files: ShardFiles) -> Shard:
         raise DataError(
             f"{shown(path)}: no index beside it ({shown(index_name(path))}). To scan the tar would "
             "download all of it: make the index where the tars lie (tools/prepare_data.py writes "
-            "SHARD.index.json) and upload it too."
+            "SHARD.index.json, tools/inspect_data.py --write-index too) and upload it."
         )
     return scan_shard(path)
 

@@ -38,7 +38,7 @@ def read_index_file(path: str, data: bytes, size: int | None) -> Shard:
     Raises:
         DataError: The index is damaged, of another tar, or claims what no tar can be.
     """
-    fix = "Make it again with tools/prepare_data.py, or delete it to have the tar scanned."
+    fix = "Make it again with the tool that wrote it, or delete it to have the tar scanned."
     name = shown(index_name(path))
     try:
         record = json.loads(data)
