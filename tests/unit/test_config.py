@@ -286,6 +286,17 @@ def test_wrong_value_names_key_value_rule_and_origin(
         (["train.global_batch_size=9"], "nearest that work: 8 or 10"),
         (["train.global_batch_size=1"], "nearest that work: 2"),
         (["data.cache_encoded=true", "data.random_flip=true"], "cannot go with"),
+        (["data.cache_encoded=true", "data.random_crop=true"], "cannot go with"),
+        (["data.shards=null"], "neither is set"),
+        (["data.sources=[{name: a, shards: b}]"], "both are set"),
+        (
+            ["data.shards=null", "data.sources=[{name: a, shards: b}, {name: a, shards: c}]"],
+            "each must be there once",
+        ),
+        (
+            ["data.max_aspect_ratio=2", "data.bucket_group_size=3"],
+            "must be a multiple of train.micro_batch_size = 2",
+        ),
         (
             ["objective.sde_rollout_type=cps", "objective.sde_noise_scale=1.5"],
             "must be at most 1 with",
@@ -298,6 +309,18 @@ def test_rules_between_keys(minimal: Path, overrides: list[str], expected: str) 
     message = refusal(minimal, *overrides)
     assert expected in message
     assert f"command line override {overrides[-1]}" in message
+
+
+def test_group_size(minimal: Path) -> None:
+    """One where all pictures have one size; else what is set, or a microbatch."""
+    group = "data.bucket_group_size=4"
+    assert load_config(minimal, [group]).group_size == 1
+    assert load_config(minimal, ["data.max_aspect_ratio=2"]).group_size == 2
+    config = load_config(minimal, ["data.max_aspect_ratio=2", group])
+    assert config.group_size == 4
+    assert check_world(config, 1) == 1
+    with pytest.raises(ConfigError, match="whole groups of data.bucket_group_size = 4"):
+        check_world(config, 4)
 
 
 def test_rule_between_keys_says_where_both_came_from(minimal: Path) -> None:
