@@ -11,6 +11,7 @@ Legend: B samples; other dimensions pass through.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -73,12 +74,23 @@ def draw_t(
     """
     if scheme == "logit_normal":
         n = rng.normal(seed, Purpose.TIMESTEP, step, slots_B, 1)[:, 0].double()
-        return torch.sigmoid(logit_mean + logit_std * n)
+        return _whole_vectors(torch.sigmoid, logit_mean + logit_std * n)
     u = rng.uniform(seed, Purpose.TIMESTEP, step, slots_B, 1)[:, 0].double()
     if scheme == "mode":
-        bend = torch.cos(math.pi / 2 * u).square() - 1 + u
+        bend = _whole_vectors(torch.cos, math.pi / 2 * u).square() - 1 + u
         return (1 - u - mode_scale * bend).clamp(0, 1)
     return u
+
+
+def _whole_vectors(function: Callable[[Tensor], Tensor], x_B: Tensor) -> Tensor:
+    """``function`` of each element, the same bits however many there are.
+
+    On a CPU torch takes the last few elements, which fill no vector register, through another
+    implementation: on some processors a sigmoid then differs in its last bit with the size of the
+    microbatch. 64 numbers are a multiple of every register, unrolled or not.
+    """
+    filled = torch.cat([x_B, x_B.new_zeros(-len(x_B) % 64)])
+    return function(filled)[: len(x_B)]
 
 
 def loss_weight(scheme: str, sigma: Tensor, floor: float) -> Tensor:

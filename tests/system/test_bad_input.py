@@ -107,7 +107,10 @@ FAULTS: list[tuple[Fault, list[str]]] = [
     (no_shards, ["data.shards", "nothing-*.tar", "no shard matches", "Correct the path"]),
     (no_validation_shards, ["validation.shards", "nothing-*.tar", "no shard matches"]),
     (too_few_validation_samples, ["validation.num_samples = 17", "16 samples", "lower it"]),
-    (no_captions, ["data.shards", "few-000001.tar", "10 of 10 samples have no caption", "Add the"]),
+    (
+        no_captions,
+        ["data.shards", "few-000001.tar", "none of its 10 samples has a caption", "Add the"],
+    ),
     (no_folder, ["model.pretrained", "nowhere", "no such folder", "Give a folder that"]),
     (no_model, ["model.pretrained", "model_index.json", "Give a folder that"]),
     (no_transformer_weights, ["sd35", "transformer", "safetensors"]),
@@ -117,7 +120,7 @@ FAULTS: list[tuple[Fault, list[str]]] = [
     (odd_global_batch, ["train.global_batch_size = 9", "train.micro_batch_size = 2", "8 or 10"]),
     (
         resolution_the_model_cannot,
-        ["data.resolution = 1024", "64 x 64", "12 x 12", "use one of at most 192"],
+        ["data.resolution = 1024", "64 image tokens a side", "12 x 12", "use one of at most 192"],
     ),
     (no_text_tokens, ["data.max_sequence_length = 0", "greater than or equal to 1"]),
 ]

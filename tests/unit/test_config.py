@@ -319,7 +319,7 @@ def test_group_size(minimal: Path) -> None:
     config = load_config(minimal, ["data.max_aspect_ratio=2", group])
     assert config.group_size == 4
     assert check_world(config, 1) == 1
-    with pytest.raises(ConfigError, match="whole groups of data.bucket_group_size = 4"):
+    with pytest.raises(ConfigError, match=r"whole groups of data\.bucket_group_size = 4"):
         check_world(config, 4)
 
 

@@ -59,6 +59,16 @@ def test_the_continuous_grid_and_its_rounding() -> None:
     assert shift_sigma(times(0.0, 1.0), 3.0).tolist() == [0.0, 1.0]
 
 
+@pytest.mark.parametrize("scheme", ["logit_normal", "mode"])
+def test_t_of_a_slot_has_the_same_bits_in_any_batch(scheme: str) -> None:
+    slots = torch.arange(200)
+    numbers = {"logit_mean": 0.0, "logit_std": 1.0, "mode_scale": 1.29}
+    whole = draw_t(scheme, 3, 0, slots, **numbers)
+    for size in (1, 2, 3, 7, 12, 100):
+        parts = [draw_t(scheme, 3, 0, part, **numbers) for part in slots.split(size)]
+        assert torch.equal(torch.cat(parts), whole), size
+
+
 @pytest.mark.parametrize("scheme", WEIGHTING_SCHEMES)
 def test_weights_are_those_of_diffusers(scheme: str) -> None:
     training_utils = pytest.importorskip("diffusers.training_utils")
