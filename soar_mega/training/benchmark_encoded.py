@@ -35,7 +35,8 @@ from soar_mega.data.encoded.read import EncodedSet
 from soar_mega.data.encoded.write import write_shard
 from soar_mega.data.shards.index import ShardIndex, build_index
 from soar_mega.data.shards.shard import Shard
-from soar_mega.training.benchmark_data import alternate, plans, summary
+from soar_mega.training.benchmark_data import plans
+from soar_mega.training.benchmark_turns import alternate, summary
 
 OURS_NEW, OURS_ONE = "ours, a new buffer a batch", "ours, one buffer for all"
 RAW_NEW, RAW_ONE = "bare read, a new buffer a batch", "bare read, one buffer for all"

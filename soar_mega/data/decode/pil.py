@@ -178,7 +178,7 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def _scans(data: bytes) -> int:
-    """How many scans a JPEG starts: five times as fast as ``data.count(b"\\xff\\xda")``."""
+    """How many scans a JPEG starts; ``data.count`` of the marker takes five times as long."""
     bytes_N = np.frombuffer(data, np.uint8)
     blocks = (bytes_N[start : start + _BLOCK + 1] for start in range(0, len(data), _BLOCK))
     return sum(int(np.count_nonzero((b[:-1] == 0xFF) & (b[1:] == 0xDA))) for b in blocks)
