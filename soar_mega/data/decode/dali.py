@@ -1,7 +1,7 @@
 """Picture bytes to pixels with NVIDIA DALI, and with PIL what DALI should not see.
 
 DALI's Lanczos takes longer than its decoding, so a picture that is at least twice too large is
-first halved by averaging 2 x 2 pixels (PIL's decoder of JPEGs scales down too, which DALI's cannot).
+first halved by averaging 2 x 2 pixels (PIL's decoder of JPEGs can scale down, DALI's cannot).
 Only the box, and what the filter sees around it, is decoded.
 
 DALI gives no result for a whole batch when one picture of it is bad, and may not work after. So it
