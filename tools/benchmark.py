@@ -6,6 +6,8 @@ schedules   pipeline schedules with stages that sleep in place of computing: the
             the simulator
 pipeline    pipeline schedules on a real model, a core for each process, against the simulator fed
             with the measured costs
+data        how fast pictures, and encoded samples, become batches: ours, plain webdataset, a
+            DataLoader over files, bare reads; and what resuming costs
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import os
 import shlex
 import statistics
 import sys
+import tempfile
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -24,14 +27,17 @@ import torch
 
 from soar_mega.pipeline.schedules import SCHEDULES
 from soar_mega.training.benchmark import Case, compare, hardware
+from soar_mega.training.benchmark_data import PictureCase, measure_order, measure_pictures
+from soar_mega.training.benchmark_encoded import EncodedCase, measure_encoded
 from soar_mega.training.benchmark_pipeline import BASELINE, Measured, computing, ratios, sleeping
 
 
 def main() -> None:
     args = make_parser().parse_args()
-    if args.what != "step" and args.microbatches is None:
+    if args.what in ("schedules", "pipeline") and args.microbatches is None:
         args.microbatches = args.processes
-    record = {"step": step, "schedules": schedules, "pipeline": pipeline}[args.what](args)
+    commands = {"step": step, "schedules": schedules, "pipeline": pipeline, "data": data}
+    record = commands[args.what](args)
     record["command"] = shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
     if args.out is not None:
         args.out.write_text(json.dumps(record, indent=2) + "\n")
@@ -78,7 +84,32 @@ def make_parser() -> argparse.ArgumentParser:
     one = command("pipeline")
     pipelined(one, 2, ("1f1b", "zero_bubble"))
     case(one, "threads")
+    one = command("data")
+    whole = PictureCase()
+    one.add_argument("--pictures", type=int, default=whole.pictures, help="of each size")
+    one.add_argument(
+        "--sizes",
+        nargs="+",
+        type=size_of,
+        default=[(512, 512), (1632, 1224)],
+        metavar="WIDTHxHEIGHT",
+        help="of the sources, in pixels",
+    )
+    one.add_argument("--resolution", type=int, default=whole.resolution, help="of the result")
+    one.add_argument("--batch", type=int, default=whole.batch, help="pictures a batch")
+    one.add_argument(
+        "--workers", type=int, default=0, help="threads of ours, processes of the others; 0: none"
+    )
+    one.add_argument("--samples", type=int, default=EncodedCase().samples, help="encoded ones")
+    one.add_argument(
+        "--order-samples", type=int, default=2_000_000, help="of the epoch that is resumed"
+    )
     return parser
+
+
+def size_of(text: str) -> tuple[int, int]:
+    width, height = map(int, text.split("x"))
+    return width, height
 
 
 def step(args: argparse.Namespace) -> dict[str, Any]:
@@ -101,6 +132,44 @@ def pipeline(args: argparse.Namespace) -> dict[str, Any]:
     results = computing(names, args.processes, args.microbatches, case, args.repeats)
     what = "pipeline schedules on a real model: executor against simulator with measured costs"
     return report(what, results, args, case=vars(case))
+
+
+def data(args: argparse.Namespace) -> dict[str, Any]:
+    pictures = PictureCase(args.pictures, args.batch, args.resolution, args.workers)
+    encoded = EncodedCase(args.samples, threads=args.workers or 1)
+    torch.set_num_threads(1)
+    record: dict[str, Any] = {
+        "what": "samples into batches: this project, plain webdataset, a DataLoader over files",
+        "hardware": hardware(),
+        "torch": torch.__version__,
+        "case": vars(pictures),
+        "encoded_case": vars(encoded),
+        "pictures": {},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for width, height in args.sizes:
+            name = f"{width}x{height}"
+            found = measure_pictures(pictures, (width, height), args.repeats, Path(folder, name))
+            record["pictures"][name] = found
+            show(f"{name} to {args.resolution} px", found["median"], "plain webdataset")
+        record["encoded"] = measure_encoded(encoded, args.repeats, Path(folder, "encoded"))
+        show("encoded samples", record["encoded"]["median"], "a bare read, new buffers")
+        for buffer, part in record["encoded"]["ours_of_bare_read"].items():
+            print(f"  ours into {buffer}: {part:.2f} of a bare read into the same")
+    record["order"] = measure_order(args.order_samples, 200, 256, args.repeats)
+    print(f"resuming an epoch of {args.order_samples} samples, seconds:")
+    for place, seconds in record["order"]["median"].items():
+        print(f"  {place:<10}{seconds:.3f}")
+    return record
+
+
+def show(title: str, median: dict[str, dict[str, float]], baseline: str) -> None:
+    print(f"{title:<40}{'samples/s':>11}{'CPU ms/sample':>15}  times as fast as {baseline}")
+    for name, one in median.items():
+        print(
+            f"  {name:<38}{one['samples_per_s']:>11.1f}{one['cpu_ms_per_sample']:>15.2f}"
+            f"  {one['times_as_fast']:.2f}"
+        )
 
 
 def case_of(args: argparse.Namespace, **fixed: int) -> Case:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from soar_mega.training import benchmark_data
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -55,3 +57,38 @@ def test_schedules_on_a_model(tmp_path: Path) -> None:
     assert record["case"]["threads"] == 1
     for ratio in record["times_as_fast_as_sequential"].values():
         assert ratio["measured"] > 0 and ratio["simulated"] > 0
+
+
+def test_data(tmp_path: Path) -> None:
+    """No bound on what is measured; the sides' samples are compared by the benchmark itself."""
+    flags = ["--pictures", "4", "--sizes", "96x72", "32x32", "--resolution", "32", "--batch", "2"]
+    record = record_of(tmp_path, "data", *flags, "--samples", "16", "--order-samples", "5000")
+    sides = {"ours, PIL", "plain webdataset", "DataLoader over files"}
+    for size in ("96x72", "32x32"):
+        found = record["pictures"][size]
+        assert sides <= set(found["median"])
+        assert found["median"]["plain webdataset"]["times_as_fast"] == 1
+        for name, one in found["median"].items():
+            (run,) = found["runs"][name]
+            assert one["samples_per_s"] == pytest.approx(4 / run["seconds"])
+            assert one["cpu_ms_per_sample"] == pytest.approx(250 * run["cpu_seconds"])
+            assert run["cpu_seconds"] > 0
+    encoded = record["encoded"]
+    assert encoded["sample_bytes"] == 2 * (32 * 64 * 64 + 77 * (2048 + 4096) + 2048)
+    assert encoded["tar_bytes"] > 16 * encoded["sample_bytes"]
+    speed = {name: one["times_as_fast"] for name, one in encoded["median"].items()}
+    assert encoded["ours_of_bare_read"]["one buffer for all"] == pytest.approx(
+        speed["ours, one buffer for all"] / speed["bare read, one buffer for all"]
+    )
+    assert set(record["order"]["median"]) == {"start", "end", "across"}
+
+
+def test_data_refuses_a_side_with_other_pixels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A side that decodes something else would measure something else."""
+    case = benchmark_data.PictureCase(pictures=4, batch=2, resolution=32)
+    real = benchmark_data.to_model_range
+    monkeypatch.setattr(benchmark_data, "to_model_range", lambda pixels: real(pixels) + 0.1)
+    with pytest.raises(RuntimeError, match="ours, PIL: pixels differ"):
+        benchmark_data.measure_pictures(case, (96, 72), 1, tmp_path)

@@ -248,6 +248,14 @@ def bad_pictures() -> dict[str, tuple[bytes, str]]:
     }
 
 
+@pytest.mark.parametrize("block", [1, 2, 7, 1000])
+def test_scans_are_counted_over_blocks(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pil, "_BLOCK", block)
+    for end in range(8):
+        data = b"\xff\xda\xff\xff\xda\xda\xff" * 30 + b"\xff\xda"
+        assert pil._scans(data[: len(data) - end]) == data[: len(data) - end].count(b"\xff\xda")
+
+
 def odd_pictures() -> dict[str, tuple[bytes, np.ndarray]]:
     """Bytes, and what must come of them at 16 x 16."""
     pixels_HWC = photo(16, 16)

@@ -1,5 +1,9 @@
 """Picture bytes to pixels with NVIDIA DALI, and with PIL what DALI should not see.
 
+DALI's Lanczos takes longer than its decoding, so a picture that is at least twice too large is
+first halved by averaging 2 x 2 pixels (PIL's decoder of JPEGs can scale down, DALI's cannot).
+Only the box, and what the filter sees around it, is decoded.
+
 DALI gives no result for a whole batch when one picture of it is bad, and may not work after. So it
 is given only JPEGs whose structure was walked through and found whole; where it fails all the same,
 its pipeline is made anew and PIL decodes the batch.
@@ -9,6 +13,7 @@ Legend: H height, W width, C = 3 channels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,15 +30,49 @@ from soar_mega.data.errors import BadSampleError, DataError
 Filter = Literal["lanczos", "triangular"]
 
 _BATCH_PIXELS = 2 * MAX_PIXELS  # decoded at once, in full: 400 MB
+_REACH = 4  # pixels of the result that a filter looks past the box; Lanczos needs 3
 
 
 @dataclass(frozen=True)
 class _Accepted:
-    """A job for DALI: its number, its place in the picture, and the picture's pixels."""
+    """A job for DALI.
+
+    Attributes:
+        number: Of the job.
+        placement: Its place in the picture.
+        pixels: Of the picture.
+        part: (left, top, right, bottom) of what is decoded, whole pixels.
+        halved: Whether that is halved before it is resized.
+    """
 
     number: int
     placement: Placement
     pixels: int
+    part: tuple[int, int, int, int]
+    halved: bool
+
+    @property
+    def resized(self) -> bool:
+        """Else the part that is decoded is the result."""
+        left, top, right, bottom = self.part
+        return (right - left, bottom - top) != (self.placement.width, self.placement.height)
+
+    def inputs(self) -> dict[str, np.ndarray]:
+        """What the pipeline wants to know of it."""
+        left, top, right, bottom = self.part
+        height, width = -(-(bottom - top) // 2), -(-(right - left) // 2)
+        scale = 2 if self.halved else 1
+        x0, y0, x1, y1 = self.placement.box
+        return {
+            "corner": np.array([top, left], np.int32),
+            "extent": np.array([bottom - top, right - left], np.int32),
+            "halved": np.array(self.halved),
+            "half": np.array([height, width], np.float32),
+            "resized": np.array(self.resized),
+            "start": np.array([(y0 - top) / scale, (x0 - left) / scale], np.float32),
+            "end": np.array([(y1 - top) / scale, (x1 - left) / scale], np.float32),
+            "size": np.array([self.placement.height, self.placement.width], np.float32),
+        }
 
 
 class DaliDecoder:
@@ -72,7 +111,8 @@ class DaliDecoder:
     def decode(self, jobs: Sequence[DecodeJob]) -> list[np.ndarray | BadSampleError]:
         """uint8 (H, W, C) RGB of each job, or why it cannot be had."""
         results: dict[int, np.ndarray | BadSampleError] = {}
-        accepted = [found for number, job in enumerate(jobs) if (found := _accept(number, job))]
+        found = [_accept(number, job, self._filter) for number, job in enumerate(jobs)]
+        accepted = [one for one in found if one is not None]
         for batch in self._batches(accepted):
             results.update(self._run(jobs, batch))
         rest = [number for number in range(len(jobs)) if number not in results]
@@ -100,13 +140,11 @@ class DaliDecoder:
 
     def _run(self, jobs: Sequence[DecodeJob], batch: list[_Accepted]) -> dict[int, np.ndarray]:
         """Pixels by number of the job; none if DALI fails."""
-        places = [one.placement for one in batch]
+        inputs = [one.inputs() for one in batch]
         try:
             (output,) = self._pipeline.run(
                 encoded=[np.frombuffer(jobs[one.number].data, np.uint8) for one in batch],
-                start=[np.array([p.box[1], p.box[0]], np.float32) for p in places],
-                end=[np.array([p.box[3], p.box[2]], np.float32) for p in places],
-                size=[np.array([p.height, p.width], np.float32) for p in places],
+                **{name: [values[name] for values in inputs] for name in inputs[0]},
             )
             pixels = output.as_cpu()
             return {
@@ -121,7 +159,7 @@ class DaliDecoder:
 
     def _build(self) -> Any:
         try:
-            from nvidia.dali import Pipeline, fn, types
+            from nvidia.dali import fn, pipeline_def, types
         except ImportError as error:
             raise DataError(
                 "data.decoder = dali: NVIDIA DALI is not installed. Install it with "
@@ -130,36 +168,61 @@ class DaliDecoder:
         on_gpu: dict[str, Any] = {"device": "mixed", "jpeg_fancy_upsampling": True}
         where = {"device": "cpu"} if self._device_id is None else on_gpu
         kernels = {"lanczos": types.INTERP_LANCZOS3, "triangular": types.INTERP_LINEAR}
-        # Inputs of `run` are for that run: nothing may be fetched ahead.
-        pipeline = Pipeline(
+        kernel = kernels[self._filter]
+
+        def given(name: str, dtype: Any, ndim: int = 1) -> Any:
+            return fn.external_source(name=name, dtype=dtype, ndim=ndim)
+
+        # DALI turns each `if` into operators that split the batch. Inputs of `run` are for that
+        # run: nothing may be fetched ahead.
+        @pipeline_def(
             batch_size=self._batch_size,
             num_threads=self._num_threads,
             device_id=self._device_id,
             prefetch_queue_depth=1,
+            enable_conditionals=True,
         )
-        with pipeline:
-            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
-            start, end, size = (
-                fn.external_source(name=name, dtype=types.FLOAT, ndim=1)
-                for name in ("start", "end", "size")
+        def graph() -> Any:
+            encoded = given("encoded", types.UINT8)
+            halved, resized = given("halved", types.BOOL, 0), given("resized", types.BOOL, 0)
+            corner, extent = given("corner", types.INT32), given("extent", types.INT32)
+            half, size = given("half", types.FLOAT), given("size", types.FLOAT)
+            start, end = given("start", types.FLOAT), given("end", types.FLOAT)
+            pixels = fn.decoders.image_slice(
+                encoded,
+                start=corner,
+                shape=extent,
+                axis_names="HW",
+                output_type=types.RGB,
+                adjust_orientation=False,
+                **where,
             )
-            decoded = fn.decoders.image(
-                encoded, output_type=types.RGB, adjust_orientation=False, **where
-            )
-            resized = fn.resize(
-                decoded,
-                roi_start=start,
-                roi_end=end,
-                size=size,
-                interp_type=kernels[self._filter],
-                antialias=True,
-            )
-            pipeline.set_outputs(resized)
+            if halved:  # linear sampling between two pixels is their mean
+                pixels = fn.resize(
+                    pixels,
+                    roi_start=[0.0, 0.0],
+                    roi_end=2 * half,
+                    size=half,
+                    interp_type=types.INTERP_LINEAR,
+                    antialias=False,
+                )
+            if resized:
+                pixels = fn.resize(
+                    pixels,
+                    roi_start=start,
+                    roi_end=end,
+                    size=size,
+                    interp_type=kernel,
+                    antialias=True,
+                )
+            return pixels
+
+        pipeline = graph()
         pipeline.build()
         return pipeline
 
 
-def _accept(number: int, job: DecodeJob) -> _Accepted | None:
+def _accept(number: int, job: DecodeJob, filter: Filter) -> _Accepted | None:
     """None for what DALI should not see; PIL then says what is wrong with it."""
     size = plain_jpeg_size(job.data)
     if size is None:
@@ -172,4 +235,15 @@ def _accept(number: int, job: DecodeJob) -> _Accepted | None:
     if not isinstance(opened, JpegImageFile) or opened.size != size:
         return None
     placement = place(*size, orientation(opened), job.view)
-    return _Accepted(number, placement, size[0] * size[1])
+    left, top, right, bottom = placement.box
+    scale = (right - left) / placement.width  # its shape is the result's, so one side tells
+    margin = 0 if scale == 1 else _REACH * max(scale, 1.0)
+    even = 1 if scale == 1 else 2  # from an even place, halves are those of the whole picture
+    part = (
+        max(math.floor(left - margin) // even * even, 0),
+        max(math.floor(top - margin) // even * even, 0),
+        min(math.ceil(right + margin), size[0]),
+        min(math.ceil(bottom + margin), size[1]),
+    )
+    halved = filter == "lanczos" and scale >= 2  # triangular is not slower than halving
+    return _Accepted(number, placement, size[0] * size[1], part, halved)

@@ -173,20 +173,21 @@ class EncodedSet:
                 for sample, row_N in zip(samples[part], array_BN[part], strict=True)
             ]
 
-        return [error for errors in self._pool.map(read_part, parts) for error in errors]
+        # The caller's own cache is warm, and waiting for a thread is not free.
+        each = map if len(parts) == 1 else self._pool.map
+        return [error for errors in each(read_part, parts) for error in errors]
 
     def _read(self, sample: int, row_N: np.ndarray) -> BadSampleError | None:
         shard, row = self._index.locate(sample)
         offset, size = int(shard.table[row, DATA_OFFSET]), int(shard.table[row, DATA_SIZE])
-        where = shard.where(row)
         try:
             if size != len(row_N):
-                raise BadSampleError(
-                    DAMAGED, f"{where}: a payload of {size} bytes, {len(row_N)} expected."
-                )
+                words = f"a payload of {size} bytes, {len(row_N)} expected."
+                raise BadSampleError(DAMAGED, f"{shard.where(row)}: {words}")
             self._index.files.read_into(shard.path, offset, row_N.data)
             if not _finite(row_N):
-                raise BadSampleError(DAMAGED, f"{where}: the payload has NaN or infinity.")
+                words = "the payload has NaN or infinity."
+                raise BadSampleError(DAMAGED, f"{shard.where(row)}: {words}")
         except BadSampleError as error:
             row_N[:] = 0  # zero times NaN would be NaN
             return BadSampleError(error.kind, str(error))
