@@ -68,6 +68,7 @@ class Feed:
                 folder / BAD_SAMPLES,
                 None if saved is None else saved["samples"],
             )
+            self._check_position(step)
         except (DataError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"checkpoint.resume: the checkpoint does not say where the data stood: {error}. "
@@ -94,6 +95,20 @@ class Feed:
             micro_batch_size=config.train.micro_batch_size,
             prefetch_steps=config.data.prefetch_steps,
         )
+
+    def _check_position(self, step: int) -> None:
+        """A position from which samples would be skipped or repeated is none.
+
+        Raises:
+            DataError: It is not where the counted samples end, or they are more than ``step`` steps
+                take.
+        """
+        taken, size = self._after.taken, self._config.train.global_batch_size
+        if taken != self._count.seen or taken % size or taken > step * size:
+            raise DataError(
+                f"the saved data position is after {taken} samples, and {self._count.seen} were "
+                f"counted in up to {step} steps of {size}"
+            )
 
     def _rows(self, encoders: FrozenEncoders | None) -> RowSource:
         data, workers = self._config.data, self._config.data.num_workers
