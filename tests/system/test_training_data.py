@@ -323,6 +323,22 @@ def test_a_shard_lost_under_the_run(how: str, tiny: Tiny, tmp_path: Path) -> Non
             train(tiny.config("pretrain", tmp_path / "strict", *arguments, "data.max_bad_rate=0"))
 
 
+def test_a_shard_that_comes_back_is_read_though_samples_are_cached(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    """What could not be read is not kept: two steps an epoch, the shard is away in the second."""
+    for number in (0, 1):
+        write_cases(tmp_path / "set" / f"{number}.tar", plain_cases(8, 8 * number))
+    tar, away = tmp_path / "set" / "1.tar", tmp_path / "away"
+    more = ("train.max_train_steps=6", "data.num_workers=0", "data.prefetch_steps=1")
+    arguments = [f"data.shards={tmp_path}/set/*.tar", *more, "data.max_bad_rate=1"]
+    config = tiny.config("pretrain", tmp_path / "run", *arguments, "data.cache_encoded=true")
+    with in_step(1, lambda: tar.rename(away)), in_step(2, lambda: away.rename(tar)):
+        train(config)
+    counts = [line["data/bad_samples"] for line in metrics(tmp_path / "run")]
+    assert counts[0] == 0 < counts[1] and counts[3] == counts[5]
+
+
 # --- Shards in odd numbers and sizes.
 
 
