@@ -35,9 +35,13 @@ class BadSampleCount:
         if record is not None:
             try:
                 assert isinstance(record, dict)
-                self.seen = int(record["seen"])
-                self.by_kind |= {kind: int(record["bad"].get(kind, 0)) for kind in BAD_KINDS}
-            except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+                self.seen = record["seen"]
+                self.by_kind |= {kind: record["bad"].get(kind, 0) for kind in BAD_KINDS}
+                numbers = [self.seen, *self.by_kind.values()]
+                # JSON of the same look may hold 1.5, true, -1 or Infinity.
+                assert all(type(number) is int and number >= 0 for number in numbers)
+                assert self.total <= self.seen
+            except (AssertionError, AttributeError, KeyError, TypeError) as error:
                 raise DataError(f"the saved count of samples is damaged: {record!r}") from error
 
     @property

@@ -61,7 +61,7 @@ class OnlineRows:
         micro_batch_size: Slots a microbatch.
         max_sequence_length: T5 tokens.
         cache: Keep every encoded picture and caption in host memory, so that later epochs neither
-            read nor encode. The posterior is still sampled anew each time.
+            read nor encode; not the bad ones. The posterior is still sampled anew each time.
         num_workers: Threads that read; 0: nothing is read ahead.
         on_bad: Told of each bad sample of this rank's share, when its step comes.
     """
@@ -151,6 +151,8 @@ class OnlineRows:
         except DataError as error:
             fatal = error
         codes = self._agree(missing, fetched, fatal, plan)
+        if self._known is not None:  # a bad sample is read again: its shard may be back by then
+            self._known.difference_update(picture for picture in missing if codes[picture])
         good = [picture for picture in missing if codes[picture] == 0]
         self._encode_pictures(encoded, missing, good, fetched.pixels)
         self._encode_captions(encoded, good, fetched.captions)

@@ -62,6 +62,11 @@ class OrderState:
     draws: tuple[int, ...]
     waiting: tuple[Draw, ...] = ()
 
+    @property
+    def taken(self) -> int:
+        """Samples that steps have had."""
+        return sum(self.draws) - len(self.waiting)
+
     def to_json(self) -> dict[str, Any]:
         """For the checkpoint; a few bytes a source and less than a group a bucket."""
         return {"draws": list(self.draws), "waiting": [list(draw) for draw in self.waiting]}

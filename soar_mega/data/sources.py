@@ -89,7 +89,10 @@ def open_training_data(
     ]
     order = Order(sources, seed, group_size=group_size, window=data.shuffle_shards)
     shards = tuple(len(part.shards) for part in indexes)
-    encoded = open_encoded(index, data, pretrained) if index.encoded else None
+    encoded = None
+    if index.encoded:
+        _check_stays_as_encoded(data)
+        encoded = open_encoded(index, data, pretrained)
     return TrainingData(index, names, shards, buckets, order, encoded)
 
 
@@ -99,15 +102,8 @@ def open_encoded(
     """The encoded set of ``index``, if it fits the run.
 
     Raises:
-        DataError: It is incomplete or was made with other encoders or settings; it would be changed
-            by a setting that only pictures can follow.
+        DataError: It is incomplete or was made with other encoders or settings.
     """
-    for name in ("random_flip", "random_crop", "cache_encoded"):
-        if getattr(data, name):
-            raise DataError(
-                f"data.{name} = true: {setting} are encoded sets, whose latents stay as they are. "
-                "Set it to false, or train on the pictures."
-            )
     encoded = EncodedSet.open(index, setting=setting, num_threads=max(data.num_workers, 1))
     encoded.check(
         pretrained,
@@ -117,6 +113,17 @@ def open_encoded(
         setting=setting,
     )
     return encoded
+
+
+def _check_stays_as_encoded(data: DataConfig) -> None:
+    """Refuse what only pictures can follow; validation pictures are never changed."""
+    for name in ("random_flip", "random_crop", "cache_encoded"):
+        if getattr(data, name):
+            where = "data.sources" if data.sources else "data.shards"
+            raise DataError(
+                f"data.{name} = true: {where} are encoded sets, whose latents stay as they are. "
+                "Set it to false, or train on the pictures."
+            )
 
 
 def _listed(shards: str | tuple[str, ...]) -> str | list[str]:

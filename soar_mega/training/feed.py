@@ -21,6 +21,7 @@ from soar_mega.data.online import OnlineRows
 from soar_mega.data.plan import Picture, Planner, StepPlan
 from soar_mega.data.rank_file import RankFile
 from soar_mega.data.rows import RowSource
+from soar_mega.data.shards.remote import is_remote
 from soar_mega.data.sources import TrainingData
 from soar_mega.parallel.errors import waiting_for
 from soar_mega.parallel.mesh import Mesh
@@ -58,6 +59,7 @@ class Feed:
     ) -> None:
         self._config, self._mesh, self._data = config, mesh, data
         self._ahead: list[int] = []
+        self._remote = any(is_remote(shard.path) for shard in data.index.shards)
         folder = Path(config.run.dir)
         self._bad_lines = RankFile(folder / BAD_SAMPLES, mesh.rank)
         self._id_lines = RankFile(folder / SAMPLE_IDS, mesh.rank)
@@ -68,6 +70,7 @@ class Feed:
                 folder / BAD_SAMPLES,
                 None if saved is None else saved["samples"],
             )
+            self._check_position(step)
         except (DataError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"checkpoint.resume: the checkpoint does not say where the data stood: {error}. "
@@ -94,6 +97,20 @@ class Feed:
             micro_batch_size=config.train.micro_batch_size,
             prefetch_steps=config.data.prefetch_steps,
         )
+
+    def _check_position(self, step: int) -> None:
+        """A position from which samples would be skipped or repeated is none.
+
+        Raises:
+            DataError: It is not where the counted samples end, or they are more than ``step`` steps
+                take.
+        """
+        taken, size = self._after.taken, self._config.train.global_batch_size
+        if taken != self._count.seen or taken % size or taken > step * size:
+            raise DataError(
+                f"the saved data position is after {taken} samples, and {self._count.seen} were "
+                f"counted in up to {step} steps of {size}"
+            )
 
     def _rows(self, encoders: FrozenEncoders | None) -> RowSource:
         data, workers = self._config.data, self._config.data.num_workers
@@ -170,6 +187,8 @@ class Feed:
 
     def _fetch_ahead(self) -> None:
         """Have remote shards of this window and the next in the cache before they are read."""
+        if not self._remote:
+            return
         ahead = self._data.order.shards_ahead(self._after)
         if ahead != self._ahead:
             self._ahead = ahead

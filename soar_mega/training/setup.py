@@ -23,10 +23,11 @@ from soar_mega.checkpoint.importer import (
 from soar_mega.config import Config, ConfigError
 from soar_mega.config.data import RESOLUTION_STEP, DataConfig
 from soar_mega.data.buckets import make_buckets
+from soar_mega.data.encoded.read import EncodedSet
 from soar_mega.data.encoders import FrozenEncoders
 from soar_mega.data.model_folder import ModelFacts, check_folder
 from soar_mega.data.shards.index import ShardIndex, build_index
-from soar_mega.data.sources import TrainingData, open_training_data
+from soar_mega.data.sources import TrainingData, open_encoded, open_training_data
 from soar_mega.launch.environment import ProcessEnvironment
 from soar_mega.model.config import MMDiTConfig
 from soar_mega.model.init import initialise
@@ -55,6 +56,7 @@ class Checked:
     architecture: MMDiTConfig
     data: TrainingData
     validation_index: ShardIndex | None
+    validation_set: EncodedSet | None  # where validation_index is of one
 
 
 def check(config: Config, process: ProcessEnvironment) -> Checked:
@@ -74,18 +76,22 @@ def check(config: Config, process: ProcessEnvironment) -> Checked:
         group_size=config.group_size,
     )
     validation = config.validation
-    validation_index = None
+    validation_index = validation_set = None
     if validation.validation_steps is not None and validation.shards is not None:
-        validation_index = build_index(
-            validation.shards, setting="validation.shards", files=data.index.files
-        )
+        setting = "validation.shards"
+        validation_index = build_index(validation.shards, setting=setting, files=data.index.files)
         if validation.num_samples > len(validation_index):
             raise ConfigError(
                 f"validation.num_samples = {validation.num_samples}, but validation.shards hold "
                 f"{len(validation_index)} samples: lower it or add shards"
             )
+        if validation_index.encoded:
+            pretrained = config.model.pretrained
+            validation_set = open_encoded(
+                validation_index, config.data, pretrained, setting=setting
+            )
     _check_run_folder(config, process)  # last: what is refused leaves no folder behind
-    return Checked(architecture, data, validation_index)
+    return Checked(architecture, data, validation_index, validation_set)
 
 
 def _check_run_folder(config: Config, process: ProcessEnvironment) -> None:

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from soar_mega.data.shards.index import ShardIndex
-from soar_mega.data.sources import open_encoded
 from soar_mega.data.validation import encoded_validation, load_validation
 from soar_mega.objectives.sigmas import shift_sigma
 from soar_mega.parallel.errors import waiting_for
@@ -45,9 +44,8 @@ class Validation:
 
     def _load(self, index: ShardIndex) -> tuple[Tensor, TextCondition]:
         config, count, encoders = self._run.config, self.settings.num_samples, self._run.encoders
-        if index.encoded:
-            pretrained, setting = config.model.pretrained, "validation.shards"
-            encoded = open_encoded(index, config.data, pretrained, setting=setting)
+        encoded = self._run.checked.validation_set
+        if encoded is not None:
             dtype, device = DTYPES[config.precision.compute_dtype], self._run.mesh.device
             return encoded_validation(encoded, self._run.facts, count, dtype=dtype, device=device)
         assert encoders is not None
