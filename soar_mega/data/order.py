@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,6 +27,8 @@ from soar_mega.data.errors import DataError
 from soar_mega.rng import Purpose, uniform
 
 _CHUNK = 1 << 18  # bounds the generator's temporaries
+# From here on an epoch's order takes a tenth of a second and more, and is made before it is needed.
+_LARGE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,8 @@ class Order:
         ]
         self._bucket_of = np.concatenate(parts)
         self._epochs: dict[tuple[int, int], EpochOrder] = {}
+        self._coming: dict[tuple[int, int], Future[EpochOrder]] = {}
+        self._pool = ThreadPoolExecutor(2, "order")  # starts no thread before it is used
 
     @property
     def start(self) -> OrderState:
@@ -253,13 +258,24 @@ class Order:
     def _epoch(self, source: int, epoch: int) -> EpochOrder:
         record = self._epochs.get((source, epoch))
         if record is None:
-            record = epoch_order(
-                self._shard_sizes[source], self._seed, epoch, window=self._window, source=source
-            )
+            record = self._make(source, epoch)
             for old in [key for key in self._epochs if key[0] == source and key[1] < epoch - 1]:
                 del self._epochs[old]
             self._epochs[source, epoch] = record
         return record
+
+    def _make(self, source: int, epoch: int) -> EpochOrder:
+        def make(epoch: int) -> EpochOrder:
+            return epoch_order(
+                self._shard_sizes[source], self._seed, epoch, window=self._window, source=source
+            )
+
+        if self.sizes[source] < _LARGE:
+            return make(epoch)
+        for coming in (epoch, epoch + 1):
+            if (source, coming) not in self._coming:
+                self._coming[source, coming] = self._pool.submit(make, coming)
+        return self._coming.pop((source, epoch)).result()
 
 
 def _count(value: object) -> int:

@@ -85,7 +85,8 @@ def encoded_validation(
             f"of {resolution} x {resolution} pixels. Lower it or add shards."
         )
     rows_BN = encoded.new_rows(square, num_samples)
-    for error in encoded.read(samples.tolist(), rows_BN):
+    numbers = samples.tolist()
+    for error in [*encoded.read(numbers, rows_BN), *encoded.check_finite(numbers, rows_BN)]:
         if error is not None:
             raise error
     encoded.close()

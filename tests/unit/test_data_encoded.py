@@ -519,7 +519,9 @@ def test_bad_payloads_are_flagged_and_zero(
 ) -> None:
     opened, kinds = damaged
     rows = opened.new_rows(SQUARE, 10).fill_(255)
-    errors = opened.read(list(range(10)), rows)
+    numbers = list(range(10))
+    unread, infinite = opened.read(numbers, rows), opened.check_finite(numbers, rows)
+    errors = [before or after for before, after in zip(unread, infinite, strict=True)]
     assert {n: e.kind for n, e in enumerate(errors) if e is not None} == kinds
     assert all(isinstance(error, BadSampleError) for error in errors if error is not None)
     assert "encoded-000000.tar, key '00000001-s1'" in str(errors[1])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from soar_mega.data.errors import DataError
-from soar_mega.data.order import Draw, Order, OrderedSource, epoch_order
+from soar_mega.data.order import Draw, EpochOrder, Order, OrderedSource, epoch_order
 
 
 @st.composite
@@ -136,6 +138,24 @@ def test_large_sets_are_made_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = epoch_order([600, 400], 3, 2).order_N
     monkeypatch.setattr("soar_mega.data.order._CHUNK", 64)
     assert (epoch_order([600, 400], 3, 2).order_N == whole).all()
+
+
+def test_large_sets_have_their_next_epoch_made_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = [OrderedSource([30, 20]), OrderedSource([40])]
+    expected = Order(sources, 1, window=1).take(Order(sources, 1).start, 400)
+    monkeypatch.setattr("soar_mega.data.order._LARGE", 45)
+    threads: list[tuple[int, str]] = []
+
+    def spy(*arguments: Any, **options: Any) -> EpochOrder:
+        threads.append((arguments[2], threading.current_thread().name[:5]))
+        return epoch_order(*arguments, **options)
+
+    monkeypatch.setattr("soar_mega.data.order.epoch_order", spy)
+    order = Order(sources, 1, window=1)
+    assert order.take(order.start, 400) == expected
+    ahead = [epoch for epoch, name in threads if name == "order"]
+    assert sorted(ahead) == [0, 1, 2, 3, 4]  # four epochs of the first source and one more
+    assert len(threads) == 5 + 5  # and five of the second
 
 
 def test_a_smaller_group_takes_what_waited_first() -> None:

@@ -185,13 +185,36 @@ class EncodedSet:
                 words = f"a payload of {size} bytes, {len(row_N)} expected."
                 raise BadSampleError(DAMAGED, f"{shard.where(row)}: {words}")
             self._index.files.read_into(shard.path, offset, row_N.data)
-            if not _finite(row_N):
-                words = "the payload has NaN or infinity."
-                raise BadSampleError(DAMAGED, f"{shard.where(row)}: {words}")
         except BadSampleError as error:
-            row_N[:] = 0  # zero times NaN would be NaN
+            row_N[:] = 0
             return BadSampleError(error.kind, str(error))
         return None
+
+    def check_finite(self, samples: Sequence[int], rows_BN: Tensor) -> list[BadSampleError | None]:
+        """Look for NaN and infinity; such rows become zero, for zero times NaN would be NaN.
+
+        Apart from ``read``, because a GPU does it in passing and a CPU needs a quarter of the time
+        that reading takes.
+
+        Args:
+            samples: As for ``read``.
+            rows_BN: As ``read`` filled it, or a copy of that on another device.
+
+        Returns:
+            What is wrong with each sample, None where nothing is.
+        """
+        if rows_BN.device.type == "cpu":
+            finite_B = [_finite(row_N) for row_N in rows_BN.numpy()]
+        else:
+            bits_BN = rows_BN.view(torch.int16)
+            finite_B = ((bits_BN & 0x7F80) != 0x7F80).all(dim=1).tolist()
+        errors: list[BadSampleError | None] = []
+        for sample, row_N, finite in zip(samples, rows_BN, finite_B, strict=True):
+            words = f"{self._index.where(sample)}: the payload has NaN or infinity."
+            errors.append(None if finite else BadSampleError(DAMAGED, words))
+            if not finite:
+                row_N.zero_()
+        return errors
 
     def unpack(self, rows_BN: Tensor, bucket: Bucket, dtype: torch.dtype) -> EncodedBatch:
         """The samples of a batch buffer, on its device; nothing refers to the buffer afterwards.

@@ -8,7 +8,7 @@ Legend: B slots of this rank, N bytes of the longest payload.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
@@ -73,15 +73,17 @@ class EncodedRows:
         reading = self._reading.pop(plan.step, None)
         found = self._read(plan) if reading is None else reading.result()
         device, count = self._mesh.device, len(plan.pictures)
-        for picture, error in zip(
-            plan.pictures[own_share(count, self._mesh)], found.errors, strict=True
-        ):
+        own = plan.pictures[own_share(count, self._mesh)]
+        own_BN, errors = found.rows_BN.to(device, non_blocking=True), found.errors
+        if device.type != "cpu":
+            errors = self._checked(own, own_BN, errors)
+        for picture, error in zip(own, errors, strict=True):
             if error is not None:
                 self._on_bad(plan, picture, error)
-        codes = [0 if error is None else error.code for error in found.errors]
+        codes = [0 if error is None else error.code for error in errors]
         own_B = torch.tensor(codes, dtype=torch.uint8, device=device)
         bad_B = exchange(own_B, count, self._mesh).cpu()
-        rows_BN = exchange(found.rows_BN.to(device, non_blocking=True), count, self._mesh)
+        rows_BN = exchange(own_BN, count, self._mesh)
         size = self._micro_batch_size
         return [
             self._microbatch(
@@ -109,11 +111,34 @@ class EncodedRows:
         pinned = self._mesh.device.type == "cuda"
         rows_BN = torch.empty(len(own), longest, dtype=torch.uint8, pin_memory=pinned)
         errors: list[BadSampleError | None] = []
-        for bucket, group in groupby(own, key=_bucket):
-            samples = [picture.sample for picture in group]
-            part = rows_BN[len(errors) : len(errors) + len(samples)]
-            errors += self._set.read(samples, part[:, : self._set.payload_size(bucket)])
+        for samples, part_BN in self._groups(own, rows_BN):
+            errors += self._set.read(samples, part_BN)
+        if not pinned:  # else the GPU does it, in ``rows``
+            errors = self._checked(own, rows_BN, errors)
         return _Read(rows_BN, errors)
+
+    def _groups(
+        self, pictures: Sequence[Picture], rows_BN: Tensor
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Samples of one size that follow each other, and their rows without what fills them up."""
+        first = 0
+        for bucket, group in groupby(pictures, key=_bucket):
+            samples = [picture.sample for picture in group]
+            rows = rows_BN[first : first + len(samples)]
+            yield samples, rows[:, : self._set.payload_size(bucket)]
+            first += len(samples)
+
+    def _checked(
+        self,
+        pictures: Sequence[Picture],
+        rows_BN: Tensor,
+        errors: Sequence[BadSampleError | None],
+    ) -> list[BadSampleError | None]:
+        """``errors``, and where there was none what else is wrong."""
+        found: list[BadSampleError | None] = []
+        for samples, part_BN in self._groups(pictures, rows_BN):
+            found += self._set.check_finite(samples, part_BN)
+        return [before or after for before, after in zip(errors, found, strict=True)]
 
 
 def _bucket(picture: Picture) -> Bucket:
