@@ -339,7 +339,8 @@ def test_a_bad_sample_keeps_its_slot_and_nobody_else_notices(
     good.close()
     assert {kind: n for kind, n in counts.items() if n} == dict.fromkeys(BAD.values(), 2)
     assert {(sample, kind) for _, sample, kind in noted} == set(BAD.items())
-    assert len(noted) == (3 if cache else 6)
+    # Bad ones are not cached, but step 2 was planned before sample 17 was found bad in step 1.
+    assert len(noted) == (5 if cache else 6)
     for step, sample, _ in noted:
         assert sample in samples_of_step(whole, step, 12)
 
