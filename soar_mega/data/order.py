@@ -139,6 +139,7 @@ class Order:
 
     Attributes:
         sizes: Samples of each source.
+        buckets_N: The bucket of each sample, over all sources.
     """
 
     def __init__(
@@ -162,7 +163,7 @@ class Order:
             np.zeros(size, dtype=np.int64) if source.buckets_N is None else source.buckets_N
             for source, size in zip(sources, self.sizes, strict=True)
         ]
-        self._bucket_of = np.concatenate(parts)
+        self.buckets_N = np.concatenate(parts)
         self._epochs: dict[tuple[int, int], EpochOrder] = {}
         self._coming: dict[tuple[int, int], Future[EpochOrder]] = {}
         self._pool = ThreadPoolExecutor(2, "order")  # starts no thread before it is used
@@ -174,7 +175,7 @@ class Order:
 
     def bucket(self, sample: int) -> int:
         """The bucket of a sample."""
-        return int(self._bucket_of[sample])
+        return int(self.buckets_N[sample])
 
     def take(self, state: OrderState, groups: int) -> tuple[list[Draw], OrderState]:
         """The draws of the next ``groups`` groups, in slot order, and the position after them."""
@@ -184,7 +185,7 @@ class Order:
 
         def arrive(draw: Draw) -> None:
             nonlocal number
-            queue = queues.setdefault(int(self._bucket_of[draw.sample]), [])
+            queue = queues.setdefault(int(self.buckets_N[draw.sample]), [])
             queue.append((number, draw))
             number += 1
             if len(queue) == self._group_size:

@@ -43,9 +43,12 @@ class TrainingData:
         return {name: drawn / size for name, drawn, size in counts}
 
     def fingerprint(self) -> str:
-        """sha256 (hex) of all that gives samples their numbers: shards, keys and sources."""
-        facts = f"{self.index.fingerprint()} {self.source_shards}"
-        return hashlib.sha256(facts.encode()).hexdigest()
+        """sha256 (hex) of all that the order hangs on: shards, keys, sources and, where there are
+        several, the bucket of each sample."""
+        digest = hashlib.sha256(f"{self.index.fingerprint()} {self.source_shards}".encode())
+        if len(self.buckets) > 1:
+            digest.update(self.order.buckets_N.tobytes())
+        return digest.hexdigest()
 
 
 def open_training_data(
