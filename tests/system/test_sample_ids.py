@@ -123,27 +123,52 @@ def test_workers_change_nothing(
         assert metrics(run_dir) == metrics(unbroken)
 
 
-def test_killed_and_resumed(tiny: Tiny, shards: list[Path], unbroken: Path, tmp_path: Path) -> None:
+@pytest.mark.full
+def test_workers_change_nothing_with_dali(
+    tiny: Tiny, shards: list[Path], unbroken: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("nvidia.dali")
+    for workers in (0, 1, 4):
+        run_dir = tmp_path / str(workers)
+        more = (f"data.num_workers={workers}", "data.decoder=dali")
+        train(tiny.config("pretrain", run_dir, *overrides(shards), *more))
+        assert ids(run_dir) == ids(unbroken)
+        assert metrics(run_dir) == metrics(tmp_path / "0")
+
+
+@pytest.mark.parametrize("decoder", ["pil", pytest.param("dali", marks=pytest.mark.full)])
+def test_killed_and_resumed(
+    decoder: str, tiny: Tiny, shards: list[Path], unbroken: Path, tmp_path: Path
+) -> None:
     """SIGKILL at two random moments, with steps read ahead."""
-    arguments = tiny.arguments("pretrain", tmp_path, *overrides(shards), "data.prefetch_steps=3")
+    more = ("data.prefetch_steps=3", f"data.decoder={decoder}")
+    if decoder == "dali":
+        pytest.importorskip("nvidia.dali")
+        whole = tmp_path / "whole"
+        train(tiny.config("pretrain", whole, *overrides(shards), *more))
+        assert ids(whole) == ids(unbroken)
+    else:
+        whole = unbroken
+    run_dir = tmp_path / "run"
+    arguments = tiny.arguments("pretrain", run_dir, *overrides(shards), *more)
     command = [sys.executable, "-m", "soar_mega.train", *arguments, "checkpoint.resume=latest"]
     seed = random.randrange(1000)
     stops = sorted(random.Random(seed).sample(range(2, STEPS - 1), 2))
     for stop in stops:
         process = subprocess.Popen(
-            command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         deadline = time.monotonic() + 300
-        while not (tmp_path / "metrics.jsonl").exists() or len(metrics(tmp_path)) < stop:
-            assert process.poll() is None and time.monotonic() < deadline, process.stderr
+        while not (run_dir / "metrics.jsonl").exists() or len(metrics(run_dir)) < stop:
+            assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-        assert len(metrics(tmp_path)) < STEPS
-        assert not checkpoint(tmp_path, STEPS).exists()
+        assert len(metrics(run_dir)) < STEPS
+        assert not checkpoint(run_dir, STEPS).exists()
     assert subprocess.run(command, cwd=REPOSITORY, capture_output=True).returncode == 0
-    assert ids(tmp_path) == ids(unbroken), f"seed {seed}: killed after steps {stops}"
-    assert metrics(tmp_path) == metrics(unbroken)
+    assert ids(run_dir) == ids(whole), f"seed {seed}: killed after steps {stops}"
+    assert metrics(run_dir) == metrics(whole)
 
 
 def on_two(tiny: Tiny, shards: list[Path], folder: Path) -> None:
