@@ -27,6 +27,8 @@ PLAIN_LINE = re.compile(
     r"step (\d)/2  loss \d+\.\d{4}  grad_norm \d+\.\d{2}  lr \S+  \d+\.\d samples/s  eta \d+:\d\d"
 )
 STANDARD = {
+    "data/bad_samples",
+    "data/epoch",
     "train/loss",
     "train/loss_base",
     "train/loss_aux",

@@ -369,6 +369,6 @@ def test_a_stale_index_is_refused(
     write_tar(tar, [("a.png", b"x"), ("a.txt", b"x" * 20_000)])
     assert command(tiny.arguments("pretrain", tmp_path / "run", f"data.shards={tar}")) == 78
     message = capsys.readouterr().err
-    for word in ("0.tar.index.json", "stale", "tools/prepare_data.py", "delete it"):
+    for word in ("0.tar.index.json", "stale", "Make it again", "delete it"):
         assert word in message
     assert not (tmp_path / "run").exists()
