@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -17,14 +18,54 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from soar_mega.checkpoint.errors import CheckpointError
+from soar_mega.checkpoint.errors import CheckpointError, listing
 
 STEM = "diffusion_pytorch_model"
 INDEX = f"{STEM}.safetensors.index.json"
 # What diffusers' save_pretrained uses.
 MAX_SHARD_BYTES = 10 * 10**9
 
-_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+DTYPES = {code: dtype for dtype, code in CODES.items()}
+
+
+def header(
+    plan: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+) -> tuple[bytes, dict[str, int]]:
+    """The head of a safetensors file, and at which byte of the file each tensor begins.
+
+    Args:
+        plan: Key -> (shape, dtype), in the order in which their bytes follow.
+
+    Raises:
+        CheckpointError: A dtype the format does not know here.
+    """
+    unknown = [f"{key}: {dtype}" for key, (_, dtype) in plan.items() if dtype not in CODES]
+    if unknown:
+        raise CheckpointError("cannot be stored:" + listing("tensors of unknown dtype", unknown))
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    starts, end = {}, 0
+    for key, (shape, dtype) in plan.items():
+        starts[key] = end
+        end += math.prod(shape) * dtype.itemsize
+        entries[key] = {
+            "dtype": CODES[dtype],
+            "shape": list(shape),
+            "data_offsets": [starts[key], end],
+        }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    return head, {key: start + len(head) for key, start in starts.items()}
 
 
 class SafetensorsFolder:
@@ -136,21 +177,9 @@ class StreamWriter:
 
     def _begin(self, number: int) -> None:
         self._close()
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for key in self._shards[number]:
-            shape, dtype = self.plan[key]
-            end = offset + self._size(key)
-            header[key] = {
-                "dtype": _CODES[dtype],
-                "shape": list(shape),
-                "data_offsets": [offset, end],
-            }
-            offset = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        head, _ = header({key: self.plan[key] for key in self._shards[number]})
         self._file = (self.folder / self._name(number)).open("wb")
-        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._file.write(head)
         self._open_number = number
 
     def _close(self) -> None:

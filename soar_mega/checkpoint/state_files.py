@@ -1,0 +1,288 @@
+"""The bytes of a checkpoint's tensors: one safetensors file a rank, and an index of all boxes.
+
+``state/rank-00003.safetensors`` holds the boxes (see ``boxes``) that rank 3 wrote, as plain bytes;
+``state/index.json`` says for each global tensor its dtype, its shape and where its boxes lie.
+Nothing of it is a pickle. Files are written and read by plain calls, not mapped: mapped pages count
+as resident memory, and a mapped file that shrinks kills the process.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from soar_mega.checkpoint.errors import CheckpointError
+from soar_mega.checkpoint.hashing import new_hash
+from soar_mega.checkpoint.safetensors_files import CODES, DTYPES, header
+
+INDEX = "index.json"
+FORMAT = 1
+PIECE = 32 * 2**20  # bytes read or hashed at once
+_SHORT_RUN = 2**16  # below this it is cheaper to read what lies between two runs, too
+
+
+@dataclass(frozen=True)
+class StoredBox:
+    """Where one box of a tensor lies.
+
+    Attributes:
+        offset, shape: Of the box in the global tensor.
+        file: Name under ``state/``.
+        start: Its first byte in that file.
+    """
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    file: str
+    start: int
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One global tensor of a checkpoint; its boxes cover it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    boxes: tuple[StoredBox, ...]
+
+
+def write_index(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    """Write ``index.json``."""
+    content = {
+        "format": FORMAT,
+        "tensors": {
+            name: {
+                "dtype": CODES[tensor.dtype],
+                "shape": tensor.shape,
+                "boxes": [[box.offset, box.shape, box.file, box.start] for box in tensor.boxes],
+            }
+            for name, tensor in sorted(tensors.items())
+        },
+    }
+    path.write_text(json.dumps(content, separators=(",", ":")) + "\n")
+
+
+def read_index(path: Path) -> dict[str, StoredTensor]:
+    """Read ``index.json``; what is in it decides which bytes are read, so all of it is checked.
+
+    Raises:
+        CheckpointError: Missing, damaged, of another format, or boxes that are none.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no JSON: {error}") from error
+    try:
+        if content["format"] != FORMAT:
+            raise CheckpointError(
+                f"{path} is of format {content['format']!r}, this version reads format {FORMAT}"
+            )
+        return {str(name): _parse(entry) for name, entry in content["tensors"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} is damaged: {error!r}") from error
+
+
+def _parse(entry: Any) -> StoredTensor:
+    shape = tuple(_count(n) for n in entry["shape"])
+    boxes = []
+    for offset, size, file, start in entry["boxes"]:
+        box = StoredBox(
+            tuple(_count(n) for n in offset), tuple(_count(n) for n in size), file, _count(start)
+        )
+        inside = len(box.offset) == len(box.shape) == len(shape) and all(
+            o + s <= n for o, s, n in zip(box.offset, box.shape, shape, strict=True)
+        )
+        if not inside or not isinstance(file, str) or Path(file).name != file:
+            raise ValueError(f"no box of a tensor of shape {shape}: {offset}, {size}, {file!r}")
+        boxes.append(box)
+    return StoredTensor(shape, DTYPES[entry["dtype"]], tuple(boxes))
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{value!r} is no count")
+    return value
+
+
+class DataFile:
+    """Writes one file of boxes, hashing what it writes; synced when closed.
+
+    Args:
+        path: The file.
+        plan: Key -> (shape, dtype) of each box, in writing order.
+        algorithm: Of the hash.
+
+    Attributes:
+        starts: Key -> first byte in the file.
+        written: Bytes so far.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        plan: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+        algorithm: str,
+    ) -> None:
+        head, self.starts = header(plan)
+        self._end = len(head) + sum(math.prod(s) * d.itemsize for s, d in plan.values())
+        self._hash = new_hash(algorithm)
+        self.written = 0
+        self._file = path.open("wb", buffering=0)
+        self._put(memoryview(head))
+
+    def write(self, tensor: Tensor) -> None:
+        """Append a tensor's elements, row-major; the caller keeps to the plan's order."""
+        self._put(memoryview(as_bytes(tensor.detach().cpu().contiguous())))
+
+    def _put(self, data: memoryview) -> None:
+        for start in range(0, len(data), PIECE):
+            piece = data[start : start + PIECE]
+            self._hash.update(piece)
+            while piece:
+                count = self._file.write(piece)
+                self.written += count
+                piece = piece[count:]
+
+    def close(self) -> tuple[int, str]:
+        """Sync; returns the size in bytes and the hash.
+
+        Raises:
+            ValueError: Not everything of the plan was written.
+        """
+        with self._file:
+            if self.written != self._end:
+                raise ValueError(f"{self.written} of {self._end} planned bytes were written")
+            os.fsync(self._file.fileno())
+        return self.written, self._hash.hexdigest()
+
+    def abandon(self) -> None:
+        """Close after an error."""
+        self._file.close()
+
+
+def as_bytes(tensor: Tensor) -> Any:
+    """A contiguous CPU tensor's memory as a writable buffer of bytes."""
+    return tensor.view(-1).view(torch.uint8).numpy()
+
+
+def read_box(
+    file: int, start: int, shape: tuple[int, ...], region: tuple[slice, ...], out: Tensor
+) -> None:
+    """Read a part of a box into a tensor.
+
+    Args:
+        file: Descriptor of the data file.
+        start: First byte of the box.
+        shape: Of the box.
+        region: One slice with start and stop per dimension.
+        out: CPU tensor of the region's shape and the stored dtype, of any strides; filled in place.
+
+    Raises:
+        OSError: The file ends before the box does, or cannot be read.
+    """
+    if out.numel() == 0:
+        return
+    item = out.element_size()
+    whole_below = 0  # the number of leading dimensions that the region may cut
+    for dim, (cut, size) in enumerate(zip(region, shape, strict=True)):
+        if (cut.start, cut.stop) != (0, size):
+            whole_below = dim + 1
+    if not shape or whole_below <= 1:  # one run of bytes
+        first = region[0].start * math.prod(shape[1:]) * item if shape else 0
+        _read_run(file, start + first, out)
+        return
+    row = math.prod(shape[1:]) * item
+    if row <= _SHORT_RUN:
+        rows = max(PIECE // row, 1)
+        for done in range(0, out.shape[0], rows):
+            part = out[done : done + rows]
+            lines = torch.empty((part.shape[0], *shape[1:]), dtype=out.dtype)
+            _read_run(file, start + (region[0].start + done) * row, lines)
+            part.copy_(lines[(slice(None), *region[1:])])
+        return
+    for index in range(region[0].start, region[0].stop):
+        inner = out[index - region[0].start]
+        read_box(file, start + index * row, shape[1:], region[1:], inner)
+
+
+def _read_run(file: int, start: int, out: Tensor) -> None:
+    """Fill ``out``, row-major, with consecutive bytes of the file."""
+    if out.is_contiguous():
+        _read_bytes(file, start, memoryview(as_bytes(out)))
+    elif out.dim() > 1 and out.nbytes > PIECE:
+        for index, inner in enumerate(out):
+            _read_run(file, start + index * inner.nbytes, inner)
+    else:
+        dense = torch.empty_like(out, memory_format=torch.contiguous_format)
+        _read_bytes(file, start, memoryview(as_bytes(dense)))
+        out.copy_(dense)
+
+
+def _read_bytes(file: int, start: int, into: memoryview) -> None:
+    while into:
+        count = os.preadv(file, [into[:PIECE]], start)
+        if count == 0:
+            raise OSError(f"ends at byte {start}, {len(into)} bytes too early")
+        start, into = start + count, into[count:]
+
+
+def overlap(
+    box: StoredBox, region: tuple[slice, ...]
+) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+    """What a box holds of a region: as slices of the box, and of the region; None: nothing."""
+    inside, target = [], []
+    for offset, size, cut in zip(box.offset, box.shape, region, strict=True):
+        first, last = max(offset, cut.start), min(offset + size, cut.stop)
+        if first >= last:
+            return None
+        inside.append(slice(first - offset, last - offset))
+        target.append(slice(first - cut.start, last - cut.start))
+    return tuple(inside), tuple(target)
+
+
+def read_region(
+    folder: Path, tensor: StoredTensor, region: tuple[slice, ...] | None = None
+) -> Tensor:
+    """A part of a global tensor, put together from the boxes that hold it.
+
+    Args:
+        folder: ``state/``.
+        tensor: Its entry in the index.
+        region: One slice with start and stop per dimension; None: everything.
+
+    Raises:
+        OSError: A file is missing or too short.
+        CheckpointError: The boxes do not cover the region.
+    """
+    region = region or tuple(slice(0, size) for size in tensor.shape)
+    out = torch.empty([cut.stop - cut.start for cut in region], dtype=tensor.dtype)
+    found = 0
+    for box, inside, target in _boxes_in(tensor, region):
+        part = out[target]
+        with (folder / box.file).open("rb", buffering=0) as file:
+            read_box(file.fileno(), box.start, box.shape, inside, part)
+        found += part.numel()
+    if found != out.numel():
+        raise CheckpointError(f"{folder / INDEX}: boxes hold {found} of {out.numel()} elements")
+    return out
+
+
+def _boxes_in(
+    tensor: StoredTensor, region: tuple[slice, ...]
+) -> Iterator[tuple[StoredBox, tuple[slice, ...], tuple[slice, ...]]]:
+    for box in tensor.boxes:
+        both = overlap(box, region)
+        if both is not None:
+            yield box, *both
