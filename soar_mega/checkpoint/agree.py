@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from soar_mega.checkpoint.errors import CheckpointError
+from soar_mega.checkpoint.errors import CheckpointError, DiskFullError, is_disk_full
 from soar_mega.parallel.mesh import Mesh
 
 T = TypeVar("T")
@@ -17,22 +17,24 @@ def on_rank_0(mesh: Mesh, function: Callable[[], T], what: str) -> T:
     """Run ``function`` on rank 0 and give every rank its (picklable) result.
 
     Raises:
-        CheckpointError: On every rank, with ``what`` and the message, if it raised.
+        CheckpointError: On every rank, with ``what`` and the message, if it raised; a
+            DiskFullError if that was the reason.
     """
-    answer: list[Any] = [None, None]
+    answer: list[Any] = [None, False, None]
     if mesh.rank == 0:
         try:
-            answer[1] = function()
+            answer[2] = function()
         # Whatever it is: the others wait in the broadcast and must hear of it.
         except Exception as error:
             told = isinstance(error, OSError | ValueError)
-            answer[0] = f"{what}: {error if told else repr(error)}"
+            answer[:2] = f"{what}: {error if told else repr(error)}", is_disk_full(error)
     if mesh.world_group is not None:
         dist.broadcast_object_list(answer, src=0, group=mesh.world_group)
-    if answer[0] is not None:
-        raise CheckpointError(answer[0])
-    result: T = answer[1]
-    return result
+    problem, full, result = answer
+    if problem is not None:
+        raise DiskFullError(problem) if full else CheckpointError(problem)
+    value: T = result
+    return value
 
 
 def gather(value: T, mesh: Mesh) -> list[T]:

@@ -89,14 +89,20 @@ class BoxedTensor:
         boxes: The pieces; none is fine.
         contribute: Whether this process writes its pieces when saving. Exactly one of the processes
             holding the same piece may; all of them read when loading.
+        constant: Whether training never changes it, so that no copy is needed to write it later.
     """
 
     def __init__(
-        self, global_shape: tuple[int, ...], boxes: list[Box], contribute: bool = True
+        self,
+        global_shape: tuple[int, ...],
+        boxes: list[Box],
+        contribute: bool = True,
+        constant: bool = False,
     ) -> None:
         self.global_shape = tuple(global_shape)
         self.boxes = boxes
         self.contribute = contribute
+        self.constant = constant
         for box in boxes:
             if tuple(box.data.shape) != box.shape:
                 raise ValueError(
@@ -105,10 +111,10 @@ class BoxedTensor:
                 )
 
     @classmethod
-    def whole(cls, tensor: Tensor, contribute: bool = True) -> BoxedTensor:
+    def whole(cls, tensor: Tensor, contribute: bool = True, constant: bool = False) -> BoxedTensor:
         """A tensor this process holds completely (any shape and strides)."""
         shape = tuple(tensor.shape)
-        return cls(shape, [Box((0,) * len(shape), shape, tensor)], contribute)
+        return cls(shape, [Box((0,) * len(shape), shape, tensor)], contribute, constant)
 
     @classmethod
     def from_range(

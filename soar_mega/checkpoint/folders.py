@@ -1,55 +1,41 @@
-"""Checkpoint folders by name: which are committed, which is newest, which one a person means.
+"""Checkpoint folders by name: which are committed, which is newest, what else lies there.
 
-A folder ``step-00000003`` with a ``manifest.json`` is committed. Every other name (``.tmp``: being
-written or interrupted; ``.deleting``: on its way out; ``.superseded-<n>``: of steps that a resumed
-run does again) is never looked at, but for ``.replaced``, which is put back where its successor
-never came.
+A folder ``step-00000003`` with a manifest is committed. Every other name is never chosen:
+
+- ``.tmp``: being written, or of a save that was interrupted; the next save removes it;
+- ``.replaced``: an older checkpoint of the same step, put back where its successor never came;
+- ``.deleting``: on its way out; the next save removes it;
+- ``.superseded-<n>``: of steps that a resumed run does again;
+- ``.damaged-<n>``: one that a resumed run passed over.
+
+The last two are removed by retention once a checkpoint of that step or a later one is committed.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
-from soar_mega.checkpoint.agree import on_rank_0
-from soar_mega.checkpoint.errors import CheckpointError, listing
-from soar_mega.parallel.mesh import Mesh
+from soar_mega.checkpoint.errors import CheckpointError
+from soar_mega.checkpoint.manifest import MANIFEST, check
+from soar_mega.checkpoint.synced import sync_folder
 
 _NAME = re.compile(r"step-(\d{8,})")
+_SET_ASIDE = re.compile(r"step-(\d{8,})\.(?:superseded|damaged)-\d+")
 
 
-def check(path: Path) -> None:
-    """Make sure that a folder is a committed checkpoint with all its files at full size.
+def folder_of(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return root / f"step-{step:08d}"
 
-    Raises:
-        CheckpointError: Says what is missing; names a run folder's newest checkpoint if given one.
-    """
-    if not path.is_dir():
-        raise CheckpointError(f"checkpoint {path} does not exist")
-    if not (path / "manifest.json").is_file():
-        inside = [latest(path), latest(path / "checkpoints")]
-        hint = next((f"; did you mean {found}?" for found in inside if found), "")
-        raise CheckpointError(
-            f"{path} is no committed checkpoint: it has no manifest.json (a save that was "
-            f"interrupted, or another kind of folder){hint}"
-        )
-    try:
-        files = json.loads((path / "manifest.json").read_text())["files"]
-        files = {name: {"size": int(entry["size"])} for name, entry in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path / 'manifest.json'} is damaged: {error!r}") from error
-    damage = []
-    for name, entry in files.items():
-        found = (path / name).stat().st_size if (path / name).is_file() else None
-        if found != entry["size"]:
-            state = "missing" if found is None else f"{found} bytes instead of {entry['size']}"
-            damage.append(f"{name}: {state}")
-    if damage:
-        raise CheckpointError(f"checkpoint {path} is damaged:" + listing("files", damage))
+
+def step_of(path: Path) -> int:
+    """The step of a committed checkpoint's folder."""
+    match = _NAME.fullmatch(path.name)
+    assert match, path
+    return int(match[1])
 
 
 def committed(root: Path | str) -> list[Path]:
@@ -57,43 +43,32 @@ def committed(root: Path | str) -> list[Path]:
     found = []
     if Path(root).is_dir():
         for path in Path(root).iterdir():
-            match = _NAME.fullmatch(path.name)
-            if match and (path / "manifest.json").is_file():
-                found.append((int(match[1]), path))
+            if _NAME.fullmatch(path.name) and (path / MANIFEST).is_file():
+                found.append((step_of(path), path))
     return [path for _, path in sorted(found)]
 
 
 def latest(root: Path | str) -> Path | None:
-    """The committed checkpoint with the highest step, or None."""
+    """The committed checkpoint with the highest step, or None; its content is not looked at."""
     return next(reversed(committed(root)), None)
 
 
-def resolve(resume: str, root: Path | str, mesh: Mesh) -> Path | None:
-    """What ``checkpoint.resume`` means here; the same answer on every rank.
+def set_aside(root: Path) -> list[tuple[int, Path]]:
+    """Superseded and damaged checkpoints, with their steps."""
+    found = []
+    for path in root.iterdir() if root.is_dir() else ():
+        match = _SET_ASIDE.fullmatch(path.name)
+        if match:
+            found.append((int(match[1]), path))
+    return sorted(found)
 
-    Args:
-        resume: ``none``, ``latest`` or a checkpoint's path.
-        root: Folder of the run's checkpoints.
-        mesh: This process among all.
 
-    Returns:
-        The checkpoint, or None: start fresh (``none``, or ``latest`` with nothing there).
-
-    Raises:
-        CheckpointError: An explicit path that is missing, uncommitted or incomplete.
-    """
-
-    def decide() -> str | None:
-        _put_back(Path(root))
-        if resume == "none":
-            return None
-        path = latest(root) if resume == "latest" else Path(resume)
-        if path is not None:
-            check(path)
-        return None if path is None else str(path)
-
-    found = on_rank_0(mesh, decide, f"checkpoint.resume={resume}")
-    return None if found is None else Path(found)
+def ignored(root: Path) -> list[str]:
+    """Names under ``root`` that are neither committed nor set aside."""
+    if not root.is_dir():
+        return []
+    known = {*committed(root), *(path for _, path in set_aside(root))}
+    return sorted(path.name for path in root.iterdir() if path not in known)
 
 
 def find(path: Path | str) -> Path:
@@ -106,7 +81,7 @@ def find(path: Path | str) -> Path:
     for found in (latest(given), latest(given / "checkpoints")):
         if found is not None:
             return found
-    check(given)
+    check_or_hint(given)
     return given
 
 
@@ -118,16 +93,12 @@ def replace(temporary: Path, final: Path) -> None:
     if final.exists():
         final.rename(aside)
     temporary.rename(final)
-    descriptor = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(final.parent)
     if aside.exists():
         shutil.rmtree(aside)
 
 
-def _put_back(root: Path) -> None:
+def put_back(root: Path) -> None:
     """A kill between the two renames of ``replace`` left the old folder under another name."""
     for aside in root.glob("step-*.replaced"):
         final = aside.with_suffix("")
@@ -135,7 +106,15 @@ def _put_back(root: Path) -> None:
             aside.rename(final)
 
 
-def set_aside_after(root: Path, step: int) -> list[Path]:
+def clear_interrupted(root: Path) -> None:
+    """Remove what interrupted saves and deletions left."""
+    for pattern in ("step-*.tmp", "step-*.deleting", "step-*.replaced"):
+        for left in root.glob(pattern):
+            if pattern != "step-*.replaced" or left.with_suffix("").exists():
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def set_aside_after(root: Path, step: int, damaged: Collection[Path] = ()) -> list[Path]:
     """Rename committed checkpoints of steps after ``step``; returns their new names, oldest first.
 
     A run that resumes at ``step`` does those steps again: left alone, the old ones would count as
@@ -143,34 +122,27 @@ def set_aside_after(root: Path, step: int) -> list[Path]:
     """
     renamed = []
     for path in committed(root):
-        match = _NAME.fullmatch(path.name)
-        if match and int(match[1]) > step:
-            number = 1
-            while (target := path.with_name(f"{path.name}.superseded-{number}")).exists():
+        if step_of(path) > step:
+            kind, number = "damaged" if path in damaged else "superseded", 1
+            while (target := path.with_name(f"{path.name}.{kind}-{number}")).exists():
                 number += 1
             renamed.append(path.rename(target))
     return renamed
 
 
-def retain(root: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` (at least one); renamed first, so none is half there."""
-    for path in committed(root)[: -max(keep, 1)]:
-        doomed = path.with_name(path.name + ".deleting")
-        path.rename(doomed)
-        shutil.rmtree(doomed)
+def hint(path: Path) -> str:
+    """What a person may have meant by a folder that is no checkpoint; empty if nothing."""
+    inside = [latest(path), latest(path / "checkpoints")]
+    return next((f"; did you mean {found}?" for found in inside if found), "")
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write and sync a JSON file.
+def check_or_hint(path: Path) -> None:
+    """``check``, naming a run folder's newest checkpoint if given one.
 
     Raises:
-        CheckpointError: The content is not plain JSON.
+        CheckpointError: As ``check``.
     """
     try:
-        text = json.dumps(content, indent=2) + "\n"
-    except TypeError as error:
-        raise CheckpointError(f"{path.name} takes plain JSON only: {error}") from error
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+        check(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{hint(path)}") from None

@@ -19,11 +19,13 @@ from soar_mega.checkpoint.boxes import BoxedTensor
 from soar_mega.checkpoint.diffusers_map import POSITION, check_keys, mapping
 from soar_mega.checkpoint.errors import CheckpointError, listing
 from soar_mega.checkpoint.safetensors_files import SafetensorsFolder
+from soar_mega.checkpoint.selection import select_source
 from soar_mega.model.config import MMDiTConfig
 from soar_mega.parallel.layout import fill_parameter, layout_of, local_slice
 from soar_mega.parallel.mesh import Mesh
 
 Weights = Literal["ema", "plain"]
+LINEAGE = "soar_mega_lineage.json"  # beside an exported transformer's config
 
 
 def transformer_folder(folder: Path | str) -> Path:
@@ -131,7 +133,7 @@ def load_checkpoint_weights(
 
 def load_weights(
     source: Path | str, modules: Sequence[nn.Module], mesh: Mesh, weights: Weights = "ema"
-) -> dict[str, Any] | None:
+) -> list[dict[str, Any]]:
     """Fill stages from what ``model.init_from`` may name; every rank calls it.
 
     Args:
@@ -139,17 +141,38 @@ def load_weights(
         modules, mesh, weights: See ``load_checkpoint_weights``; a diffusers folder has one kind.
 
     Returns:
-        The checkpoint's ``trainer.json`` with its folder as ``checkpoint``; None for a diffusers
-        folder.
+        The ancestors of weights that are trained on from here, newest first: plain values.
 
     Raises:
-        CheckpointError: It is neither, or does not fit the model.
+        CheckpointError: It is neither, is damaged, or does not fit the model.
     """
-    found = on_rank_0(mesh, lambda: find_weights(source), f"cannot take weights from {source}")
-    if found is None:
+    what = f"cannot take weights from {source}"
+    if on_rank_0(mesh, lambda: find_weights(source) is None, what):
         load_diffusers_transformer(source, modules, mesh)
-        return None
-    return {**load_checkpoint_weights(found, modules, mesh, weights), "checkpoint": str(found)}
+        return on_rank_0(mesh, lambda: ancestors(source), what)
+    path = select_source(source, mesh)
+    extra = load_checkpoint_weights(path, modules, mesh, weights)
+    record = dict(extra.get("lineage", {}))
+    parents = record.pop("parents", [])
+    hashed = on_rank_0(mesh, lambda: store.identity(path), what)
+    return [{**record, "weights": weights, "checkpoint": str(path), "hash": hashed}, *parents]
+
+
+def ancestors(folder: Path | str) -> list[dict[str, Any]]:
+    """Where the weights of a diffusers folder come from, as far as is known, newest first.
+
+    Raises:
+        CheckpointError: An export of ours whose record is damaged.
+    """
+    path = transformer_folder(folder) / LINEAGE
+    here: dict[str, Any] = {"pretrained": str(folder)}
+    if not path.is_file():
+        return [here]
+    try:
+        record = json.loads(path.read_text())
+        return [{**here, **{k: v for k, v in record.items() if k != "parents"}}, *record["parents"]]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error!r}") from error
 
 
 def find_weights(source: Path | str) -> Path | None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from soar_mega.checkpoint.errors import CheckpointError
 from soar_mega.checkpoint.hashing import new_hash
 from soar_mega.checkpoint.safetensors_files import CODES, DTYPES, header
+from soar_mega.checkpoint.synced import write_text
 
 INDEX = "index.json"
 FORMAT = 1
@@ -67,7 +68,7 @@ def write_index(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
             for name, tensor in sorted(tensors.items())
         },
     }
-    path.write_text(json.dumps(content, separators=(",", ":")) + "\n")
+    write_text(path, json.dumps(content, separators=(",", ":")) + "\n")
 
 
 def read_index(path: Path) -> dict[str, StoredTensor]:

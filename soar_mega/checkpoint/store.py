@@ -1,10 +1,10 @@
-"""Checkpoints of a run: save, commit, find, load into any layout, retain.
+"""Checkpoints of a run: save, commit, load into any layout.
 
-Layout: ``<root>/step-00000003/{state/, trainer.json, manifest.json}``. ``state/`` is torch's
-distributed checkpoint (sharded tensors), ``trainer.json`` everything else. A checkpoint is written
-as ``step-00000003.tmp``; ``manifest.json`` (size and SHA-256 of every file) is written last, and
-the folder renamed: that is the commit. Rank 0 decides whatever has to be decided and tells the
-others, so that all ranks resume from the same place or fail with the same words.
+Layout: ``<root>/step-00000003/{state/, trainer.json, manifest.json}``. ``state/`` holds the sharded
+tensors (``state_files``), planned by torch's distributed checkpoint; ``trainer.json`` everything
+else. A checkpoint is written as ``step-00000003.tmp``; the manifest is written last, and the folder
+renamed: that is the commit. Rank 0 decides whatever has to be decided and tells the others, so that
+all ranks go on from the same place or fail with the same words.
 
 Names of tensors begin with MODEL (fp32 master weights, and stored buffers), EMA, or what else the
 trainer chooses (optimizer moments); behind MODEL and EMA comes the parameter's name. Converters
@@ -16,13 +16,10 @@ card, plain values).
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 import shutil
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +29,29 @@ from torch import Tensor
 
 from soar_mega.checkpoint.agree import gather, on_rank_0
 from soar_mega.checkpoint.boxes import BoxedTensor
-from soar_mega.checkpoint.dcp import LoadPlanner, Reader, SavePlanner
-from soar_mega.checkpoint.errors import CheckpointError, listing
+from soar_mega.checkpoint.dcp import BoxLoadPlanner, BoxSavePlanner, Reader, Writer, bytes_of
+from soar_mega.checkpoint.errors import CheckpointError, DiskFullError, is_disk_full, listing
 from soar_mega.checkpoint.folders import (
-    check,
+    clear_interrupted,
     committed,
     find,
+    folder_of,
     latest,
     replace,
-    resolve,
-    retain,
     set_aside_after,
-    write_json,
 )
+from soar_mega.checkpoint.hashing import HashAlgorithm, hash_file
+from soar_mega.checkpoint.manifest import TRAINER, check, identity, verify, write_manifest
+from soar_mega.checkpoint.retention import Retention, retain
+from soar_mega.checkpoint.state_files import (
+    INDEX,
+    DataFile,
+    StoredBox,
+    StoredTensor,
+    read_region,
+    write_index,
+)
+from soar_mega.checkpoint.synced import sync_folder, write_json
 from soar_mega.parallel.mesh import Mesh
 
 __all__ = [
@@ -54,16 +61,19 @@ __all__ = [
     "check",
     "committed",
     "find",
+    "identity",
     "latest",
     "load",
     "read_extra",
-    "resolve",
     "save",
     "set_aside_after",
+    "verify",
+    "write",
 ]
 
 MODEL = "model."
 EMA = "ema."
+_SMALL_FILES = 2**20  # what trainer.json, index and manifest are allowed for, in bytes
 
 
 def save(
@@ -72,8 +82,9 @@ def save(
     tensors: Mapping[str, BoxedTensor],
     extra: Mapping[str, Any],
     mesh: Mesh,
-    keep: int | None = None,
-) -> Path:
+    retention: Retention | None = None,
+    algorithm: HashAlgorithm = "xxh3-128",
+) -> list[str]:
     """Write and commit one checkpoint; every rank calls it.
 
     Args:
@@ -82,49 +93,108 @@ def save(
         tensors: Name -> this rank's pieces; over all ranks they cover each tensor exactly once.
         extra: JSON-able rest, written by rank 0 as ``trainer.json``.
         mesh: This process among all.
-        keep: Number of newest checkpoints to keep; None keeps all.
+        retention: Which checkpoints stay; None keeps all.
+        algorithm: Of the hashes in the manifest.
 
     Returns:
-        The committed folder.
+        Old checkpoints that could not be deleted, and why; the same on every rank.
 
     Raises:
-        CheckpointError: On every rank, if any rank failed; nothing is committed then.
+        CheckpointError: On every rank, if any rank failed; nothing is committed then, what was
+            there is untouched, and what was written is removed. A DiskFullError says how many
+            bytes are missing.
     """
-    final = Path(root) / f"step-{step:08d}"
+    root = Path(root)
+    final = folder_of(root, step)
     temporary = final.with_name(final.name + ".tmp")
+    needed = sum(gather(bytes_of(tensors.values()), mesh))
+    writer = Writer(temporary / "state", mesh.rank, algorithm)
 
     def prepare() -> None:
-        if temporary.exists():
-            shutil.rmtree(temporary)
+        clear_interrupted(root)
         (temporary / "state").mkdir(parents=True)
-        write_json(temporary / "trainer.json", dict(extra))
+        _refuse_full_disk(root, step, needed)
+        write_json(temporary / TRAINER, extra)
 
-    on_rank_0(mesh, prepare, f"cannot write the checkpoint {temporary}")
-    with _quiet_when_alone(mesh), _as_checkpoint_error(f"cannot write {temporary}"):
-        torch_dcp.save(
-            dict(tensors),
-            storage_writer=torch_dcp.FileSystemWriter(temporary / "state"),
-            planner=SavePlanner(),
-            process_group=mesh.world_group,
-            no_dist=mesh.world_group is None,
-        )
-    digests = _digest_files(temporary, mesh)
-
-    def commit() -> None:
-        write_json(temporary / "manifest.json", {"step": step, "files": digests()})
+    def commit() -> list[str]:
+        small = {name: temporary / name for name in (TRAINER, f"state/{INDEX}")}
+        for name, path in small.items():
+            files[name] = path.stat().st_size, hash_file(path, algorithm)
+        sync_folder(temporary / "state")
+        write_manifest(temporary, step, files, algorithm)
+        sync_folder(temporary)
         replace(temporary, final)
-        if keep is not None:
-            retain(Path(root), keep)
+        return [] if retention is None else retain(root, retention)
 
-    on_rank_0(mesh, commit, f"cannot commit the checkpoint {final}")
-    return final
+    try:
+        _refuse_not_finite(tensors, mesh)
+        on_rank_0(mesh, prepare, f"cannot write the checkpoint {temporary}")
+        with _as_checkpoint_error(f"cannot write {temporary}"):
+            torch_dcp.save(
+                dict(tensors),
+                storage_writer=writer,
+                planner=BoxSavePlanner(),
+                process_group=mesh.world_group,
+                no_dist=mesh.world_group is None,
+            )
+        files = {
+            f"state/{name}": entry
+            for hashes in gather(writer.hashes, mesh)
+            for name, entry in hashes.items()
+        }
+        return on_rank_0(mesh, commit, f"cannot commit the checkpoint {final}")
+    except DiskFullError as error:
+        written = sum(gather(writer.written, mesh))
+        raise DiskFullError(
+            f"{error}\nThe checkpoint of step {step} needs {needed:,} bytes, of which {written:,} "
+            f"could be written: at least {max(needed - written, 1):,} bytes are missing. Older "
+            "checkpoints are untouched: free space, or lower checkpoint.checkpoints_total_limit"
+            if written
+            else str(error)
+        ) from error
+    finally:
+        if mesh.rank == 0 and temporary.exists():
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _refuse_full_disk(root: Path, step: int, needed: int) -> None:
+    """A look before the first byte. A quota shows up in no such look, only in the writing."""
+    free = shutil.disk_usage(root).free
+    if free < needed + _SMALL_FILES:
+        raise DiskFullError(
+            f"the checkpoint of step {step} needs {needed:,} bytes and {free:,} are free: "
+            f"{needed + _SMALL_FILES - free:,} bytes are missing. Older checkpoints are untouched: "
+            "free space, or lower checkpoint.checkpoints_total_limit"
+        )
+
+
+def _refuse_not_finite(tensors: Mapping[str, BoxedTensor], mesh: Mesh) -> None:
+    """A state with a NaN in it would be resumed from for ever.
+
+    Raises:
+        CheckpointError: On every rank, naming the tensors.
+    """
+    sick = []
+    for name, tensor in tensors.items():
+        for box in tensor.boxes if tensor.contribute else ():
+            if box.data.numel() and not torch.isfinite(torch.stack(torch.aminmax(box.data))).all():
+                sick.append(name)
+                break
+    everyone = sorted({name for names in gather(sick, mesh) for name in names})
+    if everyone:
+        raise CheckpointError(
+            "the training state is not saved, because it is not finite any more:"
+            + listing("tensors with NaN or infinity", everyone)
+        )
 
 
 def load(path: Path | str, tensors: Mapping[str, BoxedTensor], mesh: Mesh) -> dict[str, Any]:
-    """Verify, then read this rank's pieces in place, whatever layout wrote them; all ranks call it.
+    """Read this rank's pieces in place, whatever layout wrote them; all ranks call it.
+
+    The hashes are not compared here: ``selection`` does before.
 
     Args:
-        path: A committed checkpoint.
+        path: A verified checkpoint.
         tensors: Name -> pieces to fill; the checkpoint may hold more tensors than these.
         mesh: This process among all.
 
@@ -132,129 +202,136 @@ def load(path: Path | str, tensors: Mapping[str, BoxedTensor], mesh: Mesh) -> di
         The content of ``trainer.json``.
 
     Raises:
-        CheckpointError: On every rank: not committed, files missing, of the wrong size or with
-            another hash, tensors missing or of another shape (all are listed).
+        CheckpointError: On every rank: files that cannot be read, tensors missing or of another
+            shape (all are listed).
     """
     path = Path(path)
-    on_rank_0(mesh, lambda: check(path), f"cannot load the checkpoint {path}")
-    damage = [name for names in gather(_wrong_hashes(path, mesh), mesh) for name in names]
-    if damage:
-        raise CheckpointError(
-            f"checkpoint {path} is damaged:" + listing("files with another hash", sorted(damage))
-        )
-    reader = Reader(path / "state")
-    problem = _compare(reader, tensors)
+    problem, reader, extra = "", None, {}
+    try:
+        reader, extra = Reader(path / "state"), read_extra(path)
+        problem = _compare(reader, tensors)
+    except CheckpointError as error:
+        problem = str(error)
     everyone = gather(problem, mesh)
     if any(everyone):
         raise CheckpointError(
-            f"the checkpoint {path} does not fit this model: {next(p for p in everyone if p)}"
+            f"the checkpoint {path} cannot be loaded: {next(p for p in everyone if p)}"
         )
-    with _quiet_when_alone(mesh), _as_checkpoint_error(f"cannot load the checkpoint {path}"):
+    with _as_checkpoint_error(f"cannot load the checkpoint {path}"):
         torch_dcp.load(
             dict(tensors),
             storage_reader=reader,
-            planner=LoadPlanner(),
+            planner=BoxLoadPlanner(),
             process_group=mesh.world_group,
             no_dist=mesh.world_group is None,
         )
-    return read_extra(path)
+    return extra
 
 
 def read_extra(path: Path | str) -> dict[str, Any]:
-    """The content of a checkpoint's ``trainer.json``."""
-    content: dict[str, Any] = json.loads((Path(path) / "trainer.json").read_text())
+    """The content of a checkpoint's ``trainer.json``.
+
+    Raises:
+        CheckpointError: It is missing or no JSON object.
+    """
+    file = Path(path) / TRAINER
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} holds a {type(content).__name__}, not an object")
     return content
 
 
 class StateReader:
-    """Single tensors of a checkpoint, without a process group; for converters."""
+    """Tensors of a checkpoint, or regions of them, without a process group; for converters.
+
+    Attributes:
+        shapes, dtypes: Of each tensor.
+
+    Raises:
+        CheckpointError: The checkpoint is incomplete.
+    """
 
     def __init__(self, path: Path | str) -> None:
         check(Path(path))
-        self._reader = Reader(Path(path) / "state")
-        table = self._reader.tensors()
-        self.shapes = {name: shape for name, (shape, _) in table.items()}
-        self.dtypes = {name: dtype for name, (_, dtype) in table.items()}
+        self._state = Path(path) / "state"
+        self._tensors = Reader(self._state).tensors
+        self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
+        self.dtypes = {name: tensor.dtype for name, tensor in self._tensors.items()}
 
-    def read(self, name: str) -> Tensor:
-        """The whole global tensor, in its stored dtype, on the CPU."""
-        tensor = torch.empty(self.shapes[name], dtype=self.dtypes[name])
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            torch_dcp.load(
-                {name: BoxedTensor.whole(tensor)},
-                storage_reader=self._reader,
-                planner=LoadPlanner(),
-                no_dist=True,
-            )
-        return tensor
+    def read(self, name: str, region: tuple[slice, ...] | None = None) -> Tensor:
+        """A global tensor or a region of it (slices with start and stop), as stored, on the CPU.
+
+        Raises:
+            OSError: A file is missing or too short.
+        """
+        return read_region(self._state, self._tensors[name], region)
 
 
-def _digest_files(folder: Path, mesh: Mesh) -> Callable[[], dict[str, dict[str, Any]]]:
-    """Each rank hashes the data files it wrote (DCP names them by rank), rank 0 the rest."""
-    mine = {}
-    problem = None
+def write(
+    path: Path | str,
+    plan: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    parts: Iterable[Tensor],
+    extra: Mapping[str, Any],
+    algorithm: HashAlgorithm = "xxh3-128",
+) -> None:
+    """Write and commit a checkpoint from one process, without holding it in memory.
+
+    Args:
+        path: Its folder, which must not exist.
+        plan: Name -> (shape, dtype) of every tensor, in the order in which they come.
+        parts: The elements of all tensors, row-major, one tensor after the other, in pieces of any
+            size; a piece belongs to one tensor.
+        extra: For ``trainer.json``.
+        algorithm: Of the hashes in the manifest.
+
+    Raises:
+        OSError: The disk is full, or another reason. Nothing is left behind.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    name = "rank-00000.safetensors"
     try:
-        for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-            writer = re.match(r"__(\d+)_", file.name)
-            if (int(writer[1]) if writer else 0) == mesh.rank:
-                digest = _sha256(file)
-                name = file.relative_to(folder).as_posix()
-                mine[name] = {"size": file.stat().st_size, "sha256": digest}
-    except OSError as error:
-        problem = str(error)
-    everyone = gather((mine, problem), mesh)
-
-    def joined() -> dict[str, dict[str, Any]]:
-        for _, failure in everyone:
-            if failure:
-                raise CheckpointError(failure)
-        return {name: entry for files, _ in everyone for name, entry in sorted(files.items())}
-
-    return joined
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _wrong_hashes(folder: Path, mesh: Mesh) -> list[str]:
-    """Of every ``world_size``-th file of the manifest, those whose bytes have changed."""
-    files = json.loads((folder / "manifest.json").read_text())["files"]
-    mine = sorted(files)[mesh.rank :: mesh.world_size]
-    wrong = []
-    for name in mine:
+        (temporary / "state").mkdir(parents=True)
+        file = DataFile(temporary / "state" / name, plan, algorithm)
         try:
-            same = _sha256(folder / name) == files[name].get("sha256")
-        except OSError:
-            same = False
-        if not same:
-            wrong.append(name)
-    return wrong
+            for part in parts:
+                file.write(part)
+            files = {f"state/{name}": file.close()}
+        finally:
+            file.abandon()
+        boxes = {
+            key: StoredTensor(
+                shape, dtype, (StoredBox((0,) * len(shape), shape, name, file.starts[key]),)
+            )
+            for key, (shape, dtype) in plan.items()
+        }
+        write_index(temporary / "state" / INDEX, boxes)
+        write_json(temporary / TRAINER, extra)
+        for small in (TRAINER, f"state/{INDEX}"):
+            place = temporary / small
+            files[small] = place.stat().st_size, hash_file(place, algorithm)
+        sync_folder(temporary / "state")
+        write_manifest(temporary, int(extra.get("step", 0)), files, algorithm)
+        sync_folder(temporary)
+        temporary.rename(path)
+        sync_folder(path.parent)
+    finally:
+        with suppress(OSError):
+            shutil.rmtree(temporary)
 
 
 def _compare(reader: Reader, tensors: Mapping[str, BoxedTensor]) -> str:
-    try:
-        stored = reader.tensors()
-    except CheckpointError as error:
-        return str(error)
+    stored = reader.tensors
     missing = [name for name in tensors if name not in stored]
     wrong = [
-        f"{name}: {stored[name][0]} stored, {tensor.global_shape} wanted"
+        f"{name}: {stored[name].shape} stored, {tensor.global_shape} wanted"
         for name, tensor in tensors.items()
-        if name in stored and stored[name][0] != tensor.global_shape
+        if name in stored and stored[name].shape != tensor.global_shape
     ]
     return listing("missing tensors", missing) + listing("wrong shapes", wrong)
-
-
-@contextmanager
-def _quiet_when_alone(mesh: Mesh) -> Iterator[None]:
-    """torch warns that it saves or loads in one process; that is what is meant here."""
-    with warnings.catch_warnings():
-        if mesh.world_group is None:
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
 
 
 @contextmanager
@@ -263,5 +340,7 @@ def _as_checkpoint_error(what: str) -> Iterator[None]:
     try:
         yield
     except torch_dcp.CheckpointException as error:
-        reasons = {f"rank {rank}: {info[0]!r}" for rank, info in error.failures.items()}
-        raise CheckpointError(what + listing("reasons", reasons)) from error
+        reasons = {rank: info[0] for rank, info in error.failures.items()}
+        kind = DiskFullError if any(map(is_disk_full, reasons.values())) else CheckpointError
+        told = {f"rank {rank}: {reason!r}" for rank, reason in reasons.items()}
+        raise kind(what + listing("reasons", told)) from error

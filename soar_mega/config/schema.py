@@ -133,12 +133,43 @@ class CheckpointConfig(Section):
     checkpoints_total_limit: int | None = Field(
         None, ge=1, description="Keep only this many newest checkpoints; null keeps all."
     )
+    keep_every_steps: int | None = Field(
+        None, ge=1, description="Keep the checkpoints of every so many steps, too."
+    )
+    keep_best: bool = Field(
+        False, description="Keep the checkpoint with the lowest validation loss, too."
+    )
+    async_save: bool = Field(
+        True, description="Write checkpoints while training goes on, from a copy in host memory."
+    )
+    hash_algorithm: Literal["xxh3-128", "sha256"] = Field(
+        "xxh3-128", description="Hash of each file; sha256 is slower and proves more."
+    )
+    max_failed_saves: int = Field(
+        0, ge=0, description="Failed saves in a row (a full disk) that a run survives."
+    )
     resume: Text = Field(
         "none", description="none, latest (of run.dir), or the path of a checkpoint."
+    )
+    allow_fresh: bool = Field(
+        True, description="Whether resume = latest begins the run where there is no checkpoint."
     )
     reset_data: bool = Field(
         False, description="When resuming, begin the order of the data anew (samples repeat)."
     )
+
+    @model_validator(mode="after")
+    def _kept_steps_are_saved_steps(self) -> Self:
+        every, saved = self.keep_every_steps, self.checkpointing_steps
+        if every is not None and every % saved:
+            raise broken_rule(
+                f"checkpoint.keep_every_steps = {every} must be a multiple of "
+                f"checkpoint.checkpointing_steps = {saved}, else those steps are never saved; use "
+                f"{-(-every // saved) * saved}",
+                "checkpoint.keep_every_steps",
+                "checkpoint.checkpointing_steps",
+            )
+        return self
 
 
 class LoggingConfig(Section):
@@ -216,6 +247,19 @@ class Config(Section):
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="Saving and resuming.")
     logging: LoggingConfig = Field(LoggingConfig(), description="What is reported.")
     validation: ValidationConfig = Field(ValidationConfig(), description="Validation.")
+
+    @model_validator(mode="after")
+    def _the_best_is_known(self) -> Self:
+        every, saved = self.validation.validation_steps, self.checkpoint.checkpointing_steps
+        if self.checkpoint.keep_best and (every is None or saved % every):
+            raise broken_rule(
+                f"checkpoint.keep_best needs a validation loss at every checkpoint: "
+                f"validation.validation_steps = {every} must divide checkpoint.checkpointing_steps "
+                f"= {saved}; set it to {saved}",
+                "checkpoint.keep_best",
+                "validation.validation_steps",
+            )
+        return self
 
     @property
     def group_size(self) -> int:

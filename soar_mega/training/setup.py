@@ -16,10 +16,12 @@ import torch.distributed as dist
 
 from soar_mega.backends.torch import TorchBackend
 from soar_mega.checkpoint.importer import (
+    ancestors,
     load_diffusers_transformer,
     load_weights,
     read_transformer_config,
 )
+from soar_mega.checkpoint.selection import Selection
 from soar_mega.config import Config, ConfigError
 from soar_mega.config.data import RESOLUTION_STEP, DataConfig
 from soar_mega.data.buckets import make_buckets
@@ -41,6 +43,7 @@ from soar_mega.pipeline.schedules import build_schedule
 from soar_mega.training import saving
 from soar_mega.training.feed import DTYPES, Feed
 from soar_mega.training.layout import check_layout, cut_model
+from soar_mega.training.saving import Resumed, Saver
 from soar_mega.training.step import Stepper
 
 
@@ -178,8 +181,9 @@ class Run:
         done_steps: Steps already done (of the checkpoint it was resumed from).
         facts: Of the model folder.
         encoders: Where something is encoded or decoded while training.
-        lineage: Where the starting weights come from, for checkpoints and model cards.
-        resumed: The checkpoint it goes on from, or None.
+        saver: Of checkpoints.
+        selection: What was found to go on from, and what was passed over.
+        resumed: What it goes on from, or None.
     """
 
     config: Config
@@ -190,8 +194,14 @@ class Run:
     encoders: FrozenEncoders | None
     checked: Checked
     done_steps: int
-    lineage: dict[str, Any]
-    resumed: Path | None
+    saver: Saver
+    selection: Selection
+    resumed: Resumed | None
+
+    def close(self) -> None:
+        """Stop the threads, close the files; a save under way is waited for."""
+        self.feed.close()
+        self.saver.join()
 
 
 def build(config: Config, checked: Checked, device: torch.device) -> Run:
@@ -203,7 +213,7 @@ def build(config: Config, checked: Checked, device: torch.device) -> Run:
         timeout_of(config),
         parallel.pipeline_model_parallel_size,
     )
-    path = saving.find(config, mesh)
+    selection = saving.find(config, mesh)
     facts, encoders = ModelFacts.read(config.model.pretrained), None
     if _needs_encoders(config, checked):
         encoders = FrozenEncoders.load(
@@ -220,7 +230,8 @@ def build(config: Config, checked: Checked, device: torch.device) -> Run:
         virtual=parallel.virtual_pipeline_model_parallel_size,
     )
     stages = _own_stages(config, checked.architecture, facts, mesh, schedule.step.placement)
-    lineage = {} if path is not None else _starting_weights(config, stages, mesh)
+    resuming = selection.path is not None
+    lineage = [] if resuming else _starting_weights(config, stages, mesh)
     parameters = ShardedParameters(
         stages,
         mesh,
@@ -229,14 +240,15 @@ def build(config: Config, checked: Checked, device: torch.device) -> Run:
     )
     pipeline = Pipeline(stages, mesh, schedule)
     stepper = Stepper(config, mesh, stages, pipeline, parameters, objective)
-    done_steps, saved = 0, None
-    if path is not None:
-        done_steps, recorded, data_state = saving.resume(stepper, path, checked.data.fingerprint())
-        saved = None if config.checkpoint.reset_data else data_state or {}
-        lineage = {k: v for k, v in recorded.items() if k not in ("run", "step", "objective")}
+    done_steps, saved, resumed, fingerprint = 0, None, None, checked.data.fingerprint()
+    if resuming:
+        resumed = saving.resume(stepper, selection, fingerprint)
+        done_steps, lineage = resumed.steps, resumed.lineage
+        saved = None if config.checkpoint.reset_data else resumed.data or {}
     feed = Feed(config, mesh, checked.data, facts, encoders, step=done_steps, saved=saved)
+    saver = Saver(stepper, lineage, fingerprint, lambda: feed.state)
     return Run(
-        config, mesh, stepper, feed, facts, encoders, checked, done_steps, lineage, resumed=path
+        config, mesh, stepper, feed, facts, encoders, checked, done_steps, saver, selection, resumed
     )
 
 
@@ -272,24 +284,16 @@ def _own_stages(
     ]
 
 
-def _starting_weights(config: Config, stages: Sequence[MMDiTStage], mesh: Mesh) -> dict[str, Any]:
-    """Fill the stages by the ``model`` section; returns the lineage to record."""
+def _starting_weights(
+    config: Config, stages: Sequence[MMDiTStage], mesh: Mesh
+) -> list[dict[str, Any]]:
+    """Fill the stages by the ``model`` section; returns the ancestors to record, newest first."""
     model = config.model
     if model.init_from is not None:
-        parent = load_weights(model.init_from, stages, mesh, model.init_from_weights)
-        if parent is None:
-            return {"parent": model.init_from}
-        facts = parent["lineage"]
-        return {
-            "parent": parent["checkpoint"],
-            "parent_weights": model.init_from_weights,
-            "parent_run": facts["run"],
-            "parent_step": facts["step"],
-            "parent_objective": facts["objective"],
-        }
+        return load_weights(model.init_from, stages, mesh, model.init_from_weights)
     if model.init == "random":
         for stage in stages:
             initialise(stage, config.run.seed)
-        return {"parent": f"fresh weights, seed {config.run.seed}"}
+        return [{"fresh weights": f"seed {config.run.seed}"}]
     load_diffusers_transformer(model.pretrained, stages, mesh)
-    return {"parent": model.pretrained}
+    return ancestors(model.pretrained)

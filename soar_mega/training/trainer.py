@@ -70,7 +70,7 @@ def train(config: Config) -> None:
     try:
         _loop(run, process)
     finally:
-        run.feed.close()
+        run.close()
     # Not after an error: the others may never come, and the message must not wait for them.
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -211,16 +211,15 @@ def _loop(run: Run, process: ProcessEnvironment) -> None:
                 metrics |= validation.losses()
             reporter.step(done, metrics)
             if done % config.checkpoint.checkpointing_steps == 0 or done == last:
-                path = saving.save(
-                    run.stepper,
-                    done,
-                    run.lineage,
-                    run.checked.data.fingerprint(),
-                    run.feed.state,
-                )
-                reporter.note(f"checkpoint: {path}")
+                stall = run.saver.save(done, metrics.get("val/loss"))
+                reporter.note(f"saving step {done}; training stood still for {stall:.2f} s")
             if validation.pictures_due(done):
                 reporter.picture(done, validation.pictures(done))
+            for note in run.saver.notes():
+                reporter.note(note)
+        run.saver.finish()
+        for note in run.saver.notes():
+            reporter.note(note)
         if run.done_steps >= last:
             reporter.note(f"nothing to do: {run.done_steps} of {last} steps are done")
     finally:
@@ -242,7 +241,7 @@ def _announce(run: Run, reporter: _Reporter) -> None:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(ignored.items()))
         reporter.note(f"not used of the shards: {kinds}")
     if run.resumed is not None:
-        reporter.note(f"resumed from {run.resumed} at step {run.done_steps}")
+        reporter.note(f"resumed from {run.resumed.path} at step {run.done_steps}")
     elif config.checkpoint.resume == "latest":
         reporter.note(
             f"checkpoint.resume = latest, but {Path(config.run.dir) / saving.CHECKPOINTS} holds no "

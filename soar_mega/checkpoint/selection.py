@@ -1,0 +1,89 @@
+"""From which checkpoint a run goes on: the newest one that is whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from soar_mega.checkpoint.agree import on_rank_0
+from soar_mega.checkpoint.errors import CheckpointError
+from soar_mega.checkpoint.folders import check_or_hint, committed, find, ignored, put_back
+from soar_mega.checkpoint.manifest import damage_of
+from soar_mega.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What ``checkpoint.resume`` means here; the same on every rank.
+
+    Attributes:
+        path: The verified checkpoint; None: start fresh.
+        damaged: Newer ones that were passed over, and what is wrong with each.
+        ignored: Other names in the folder of checkpoints.
+    """
+
+    path: Path | None
+    damaged: dict[Path, str] = field(default_factory=dict)
+    ignored: list[str] = field(default_factory=list)
+
+
+def select(resume: str, root: Path | str, mesh: Mesh) -> Selection:
+    """Find and verify the checkpoint that ``checkpoint.resume`` names; every rank calls it.
+
+    Rank 0 lists the folder, all read a part of the files.
+
+    Args:
+        resume: ``none``, ``latest`` or a checkpoint's path.
+        root: Folder of the run's checkpoints.
+        mesh: This process among all.
+
+    Raises:
+        CheckpointError: On every rank: an explicit path that is missing, uncommitted or damaged;
+            ``latest`` where there are checkpoints, but none that is whole; files that not all ranks
+            see.
+    """
+    root = Path(root)
+
+    def candidates() -> tuple[list[str], list[str]]:
+        put_back(root)
+        if resume == "latest":
+            return [str(path) for path in reversed(committed(root))], ignored(root)
+        if resume == "none":
+            return [], []
+        check_or_hint(Path(resume))
+        return [resume], []
+
+    what = f"checkpoint.resume = {resume}"
+    names, others = on_rank_0(mesh, candidates, what)
+    damaged: dict[Path, str] = {}
+    for name in names:
+        problem = damage_of(Path(name), mesh)
+        if problem is None:
+            return Selection(Path(name), damaged, others)
+        damaged[Path(name)] = problem
+    if damaged and resume != "latest":
+        raise CheckpointError(
+            f"{what}: {damaged.popitem()[1]}\nName another checkpoint, or use "
+            "checkpoint.resume = latest to go on from the newest one that is whole"
+        )
+    if damaged:
+        raise CheckpointError(
+            f"{what}: none of the {len(damaged)} checkpoints in {root} is whole. To begin the run "
+            "again, choose another run.dir\n" + "\n".join(damaged.values())
+        )
+    return Selection(None, damaged, others)
+
+
+def select_source(path: Path | str, mesh: Mesh) -> Path:
+    """The verified checkpoint that a person means by a run folder or a checkpoint; all call it.
+
+    Raises:
+        CheckpointError: On every rank: there is none, or a run's newest one is damaged. It starts
+            another run, so whether an older one will do is for the person to say.
+    """
+    what = f"cannot start from {path}"
+    found = Path(on_rank_0(mesh, lambda: str(find(path)), what))
+    problem = damage_of(found, mesh)
+    if problem is not None:
+        raise CheckpointError(f"{what}: {problem}\nName another checkpoint")
+    return found
