@@ -7,9 +7,8 @@ all ranks, and those of two threads do not. One save at a time: the next one wai
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -21,26 +20,10 @@ from soar_mega.checkpoint import store
 from soar_mega.checkpoint.agree import gather
 from soar_mega.checkpoint.boxes import BoxedTensor
 from soar_mega.checkpoint.errors import CheckpointError, DiskFullError, is_disk_full
-from soar_mega.checkpoint.folders import folder_of
 from soar_mega.checkpoint.hashing import HashAlgorithm
 from soar_mega.checkpoint.retention import Retention
 from soar_mega.checkpoint.staging import Stage
 from soar_mega.parallel.mesh import Mesh
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A committed checkpoint.
-
-    Attributes:
-        path: Its folder.
-        seconds: From the beginning of the save to the commit.
-        problems: Old checkpoints that could not be deleted, and why.
-    """
-
-    path: Path
-    seconds: float
-    problems: list[str]
 
 
 class Checkpointer:
@@ -71,7 +54,7 @@ class Checkpointer:
         self._stage = Stage()
         self._thread: Thread | None = None
         self._error: BaseException | None = None
-        self._saved: list[Saved] = []
+        self._saved: list[store.Saved] = []
 
     def save(self, step: int, tensors: Mapping[str, BoxedTensor], extra: Mapping[str, Any]) -> None:
         """Begin to save the state as it is now; see ``store.save``.
@@ -81,37 +64,35 @@ class Checkpointer:
                 background.
         """
         self.settle()
-        began = time.perf_counter()
         if not self._background:
-            self._write(step, tensors, extra, began)
+            self._write(step, tensors, extra)
             self.settle()
             return
         self._thread = Thread(
             target=self._write,
-            args=(step, self._stage.copy(tensors), dict(extra), began),
+            args=(step, self._stage.copy(tensors), dict(extra)),
             name=f"save-{step}",
         )
         self._thread.start()
 
     def _write(
-        self, step: int, tensors: Mapping[str, BoxedTensor], extra: Mapping[str, Any], began: float
+        self, step: int, tensors: Mapping[str, BoxedTensor], extra: Mapping[str, Any]
     ) -> None:
         try:
-            problems = store.save(
-                self.root, step, tensors, extra, self._peers, self._retention, self._algorithm
+            self._saved.append(
+                store.save(
+                    self.root, step, tensors, extra, self._peers, self._retention, self._algorithm
+                )
             )
         except BaseException as error:  # of a thread, which has nobody else to tell
             self._error = error
-            return
-        seconds = time.perf_counter() - began
-        self._saved.append(Saved(folder_of(self.root, step), seconds, problems))
 
     @property
     def failed(self) -> bool:
         """Whether a save failed here that ``settle`` was not called after; ask after each step."""
         return self._error is not None
 
-    def finished(self) -> list[Saved]:
+    def finished(self) -> list[store.Saved]:
         """Checkpoints committed since the last call."""
         saved, self._saved = self._saved, []
         return saved

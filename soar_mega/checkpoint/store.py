@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,7 @@ from soar_mega.parallel.mesh import Mesh
 __all__ = [
     "EMA",
     "MODEL",
+    "Saved",
     "StateReader",
     "check",
     "committed",
@@ -76,6 +79,21 @@ EMA = "ema."
 _SMALL_FILES = 2**20  # what trainer.json, index and manifest are allowed for, in bytes
 
 
+@dataclass(frozen=True)
+class Saved:
+    """A committed checkpoint.
+
+    Attributes:
+        path: Its folder.
+        seconds: It took to write.
+        problems: Old checkpoints that could not be deleted, and why; the same on every rank.
+    """
+
+    path: Path
+    seconds: float
+    problems: list[str]
+
+
 def save(
     root: Path | str,
     step: int,
@@ -84,7 +102,7 @@ def save(
     mesh: Mesh,
     retention: Retention | None = None,
     algorithm: HashAlgorithm = "xxh3-128",
-) -> list[str]:
+) -> Saved:
     """Write and commit one checkpoint; every rank calls it.
 
     Args:
@@ -96,15 +114,12 @@ def save(
         retention: Which checkpoints stay; None keeps all.
         algorithm: Of the hashes in the manifest.
 
-    Returns:
-        Old checkpoints that could not be deleted, and why; the same on every rank.
-
     Raises:
         CheckpointError: On every rank, if any rank failed; nothing is committed then, what was
             there is untouched, and what was written is removed. A DiskFullError says how many
             bytes are missing.
     """
-    root = Path(root)
+    root, began = Path(root), time.perf_counter()
     final = folder_of(root, step)
     temporary = final.with_name(final.name + ".tmp")
     needed = sum(gather(bytes_of(tensors.values()), mesh))
@@ -142,7 +157,8 @@ def save(
             for hashes in gather(writer.hashes, mesh)
             for name, entry in hashes.items()
         }
-        return on_rank_0(mesh, commit, f"cannot commit the checkpoint {final}")
+        problems = on_rank_0(mesh, commit, f"cannot commit the checkpoint {final}")
+        return Saved(final, time.perf_counter() - began, problems)
     except DiskFullError as error:
         written = sum(gather(writer.written, mesh))
         raise DiskFullError(

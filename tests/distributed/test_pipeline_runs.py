@@ -12,7 +12,6 @@ import torch
 from soar_mega.pipeline.schedules import build_schedule
 from soar_mega.pipeline.simulator import Costs, simulate
 from soar_mega.pipeline.timeline import Timeline
-from soar_mega.training import saving
 from tests.distributed.harness import run_ranks
 from tests.runs import (
     SIZES,
@@ -70,7 +69,8 @@ def work_on_four(tiny: Tiny, folder: Path) -> None:
     run = start(tiny.config("soar", folder / "saved", *COMMON, *resume))
     assert run.done_steps == HALF
     assert_weights(run, state(checkpoint(folder / "folded", HALF)), "model")
-    saving.save(run.stepper, STEPS, run.lineage, run.checked.data.fingerprint(), run.feed.state)
+    run.saver.save(STEPS)
+    run.saver.finish()
     run.feed.close()
     # Fewer validation samples than data-parallel ranks, one of which has nothing to do.
     few = "validation.num_samples=1"

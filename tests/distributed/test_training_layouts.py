@@ -23,7 +23,6 @@ from soar_mega.config import Config
 from soar_mega.objectives.flow_matching import FlowMatching
 from soar_mega.objectives.soar import SoarState
 from soar_mega.passes import MicroBatch
-from soar_mega.training import saving
 from soar_mega.training.setup import Run
 from tests.distributed.harness import run_ranks
 from tests.runs import FEW, OBJECTIVES, Tiny, checkpoint, start, state
@@ -118,7 +117,8 @@ def train_run(run: Run) -> Result:
         for micro in microbatches:
             result.draws |= draws_of(run.stepper.objective, micro)
         result.metrics.append(run.stepper.run(step, microbatches))
-    saving.save(run.stepper, STEPS, run.lineage, run.checked.data.fingerprint(), run.feed.state)
+    run.saver.save(STEPS)
+    run.saver.finish()
     run.feed.close()
     return result
 

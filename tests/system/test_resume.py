@@ -11,7 +11,6 @@ import torch
 
 from soar_mega.checkpoint import store
 from soar_mega.config import Config
-from soar_mega.training import saving
 from tests.distributed.harness import run_ranks
 from tests.runs import (
     Tiny,
@@ -145,7 +144,8 @@ def resume_and_save(config: Config, weights_of: Path) -> None:
     run = start(config)
     assert (run.done_steps, run.stepper.optimizer.step) == (STOP, STOP)
     assert_weights(run, state(weights_of), "model")
-    saving.save(run.stepper, STOP, run.lineage, run.checked.data.fingerprint(), run.feed.state)
+    run.saver.save(STOP)
+    run.saver.finish()
     run.feed.close()
 
 

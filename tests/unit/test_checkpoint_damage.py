@@ -11,6 +11,8 @@ import torch
 from soar_mega.checkpoint import store
 from soar_mega.checkpoint.boxes import BoxedTensor
 from soar_mega.checkpoint.errors import CheckpointError
+from soar_mega.checkpoint.retention import Retention
+from soar_mega.checkpoint.selection import select
 from soar_mega.parallel.mesh import Mesh
 
 MESH = Mesh.single()
@@ -18,13 +20,13 @@ MESH = Mesh.single()
 
 def saved(root: Path, step: int, keep: int | None = None) -> Path:
     tensor = torch.full((64, 3), float(step))
-    return store.save(
-        root, step, {"model.w": BoxedTensor.whole(tensor)}, {"step": step}, MESH, keep
-    )
+    state = {"model.w": BoxedTensor.whole(tensor)}
+    return store.save(root, step, state, {"step": step}, MESH, Retention(keep)).path
 
 
 def load(path: Path) -> torch.Tensor:
     tensor = torch.zeros(64, 3)
+    select(str(path), path.parent, MESH)
     store.load(path, {"model.w": BoxedTensor.whole(tensor)}, MESH)
     return tensor
 
@@ -56,7 +58,7 @@ def test_an_interrupted_replacement_is_put_back(tmp_path: Path) -> None:
     path = saved(tmp_path, 4)
     path.rename(path.with_name(path.name + ".replaced"))
     assert store.latest(tmp_path) is None
-    assert store.resolve("latest", tmp_path, MESH) == path
+    assert select("latest", tmp_path, MESH).path == path
     assert torch.equal(load(path), torch.full((64, 3), 4.0))
 
 
@@ -66,7 +68,11 @@ def test_superseded_steps_do_not_count_as_newest(tmp_path: Path) -> None:
     renamed = store.set_aside_after(tmp_path, 1)
     assert [p.name for p in renamed] == ["step-00000002.superseded-1", "step-00000003.superseded-1"]
     assert [p.name for p in store.committed(tmp_path)] == ["step-00000001"]
-    saved(tmp_path, 2, keep=1)
-    assert [p.name for p in store.committed(tmp_path)] == ["step-00000002"]
-    assert json.loads((renamed[1] / "trainer.json").read_text()) == {"step": 3}
+    saved(tmp_path, 2)
     assert [p.name for p in store.set_aside_after(tmp_path, 1)] == ["step-00000002.superseded-2"]
+    # Retention removes them once a checkpoint of their step, or a later one, is there.
+    saved(tmp_path, 2, keep=1)
+    assert [p.name for p in tmp_path.glob("*superseded*")] == ["step-00000003.superseded-1"]
+    assert json.loads((renamed[1] / "trainer.json").read_text()) == {"step": 3}
+    saved(tmp_path, 4, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000004"]
