@@ -159,7 +159,7 @@ def test_weights_come_back_from_run_checkpoint_and_export(
     for source in (run, run / "checkpoints" / "step-00000005", alone):
         stage = new_stage(base)
         record = load_weights(source, [stage], mesh, "ema")
-        assert (record is None) == (source == alone)
+        assert ("checkpoint" in record[0]) == (source != alone)
         stages.append(stage.state_dict())
     for other in stages[1:]:
         assert all(torch.equal(stages[0][key], other[key]) for key in stages[0])

@@ -40,8 +40,9 @@ def test_short_demo_leaves_what_it_promises(tmp_path: Path) -> None:
     lineage = json.loads((out / "soar/checkpoints/step-00000001/trainer.json").read_text())[
         "lineage"
     ]
-    assert lineage["parent_step"] == 3
-    assert lineage["parent_objective"] == "flow_matching"
+    parent, fresh = lineage["parents"]
+    assert (parent["step"], parent["objective"]) == (3, "flow_matching")
+    assert fresh == {"fresh weights": "seed 0"}
     assert lineage["objective"] == "soar"
 
 

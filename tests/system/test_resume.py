@@ -251,15 +251,19 @@ def test_init_from_a_run(
 
     train(config)
     assert [line["step"] for line in metrics(tmp_path)] == [1]
+    parent = {
+        "run": "run",
+        "step": STEPS if source == "run" else STOP,
+        "objective": "flow_matching",
+        "weights": weights,
+        "checkpoint": str(taken),
+        "hash": store.identity(taken),
+    }
     lineage = {
         "run": tmp_path.name,
         "step": 1,
         "objective": "soar",
-        "parent": str(taken),
-        "parent_weights": weights,
-        "parent_run": "run",
-        "parent_step": STEPS if source == "run" else STOP,
-        "parent_objective": "flow_matching",
+        "parents": [parent, {"pretrained": str(tiny.pretrained)}],
     }
     assert trainer_record(checkpoint(tmp_path, 1))["lineage"] == lineage
 
