@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from soar_mega.checkpoint.agree import gather, on_rank_0
 from soar_mega.checkpoint.errors import CheckpointError, listing
@@ -51,9 +52,15 @@ def write_manifest(
 ) -> None:
     """Write the manifest of a folder whose files are all there and synced."""
     entries = {name: {"size": size, "hash": found} for name, (size, found) in sorted(files.items())}
-    write_json(
-        folder / MANIFEST, {"format": 1, "step": step, "algorithm": algorithm, "files": entries}
-    )
+    content = {"format": 1, "step": step, "algorithm": algorithm, "files": entries}
+    write_json(folder / MANIFEST, {**content, "own_hash": _own_hash(content)})
+
+
+def _own_hash(content: Mapping[str, Any]) -> str:
+    """Of the manifest itself: else its damage would be blamed on a file it names."""
+    found = new_hash(content["algorithm"])
+    found.update(json.dumps(content, sort_keys=True).encode())
+    return found.hexdigest()
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -64,7 +71,9 @@ def read_manifest(path: Path) -> Manifest:
     """
     try:
         content = json.loads((path / MANIFEST).read_text())
-        new_hash(content["algorithm"])
+        own = content.pop("own_hash")
+        if own != _own_hash(content):
+            raise ValueError("its own hash is another")
         files = {
             str(name): (int(entry["size"]), str(entry["hash"]))
             for name, entry in content["files"].items()
