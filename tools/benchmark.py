@@ -8,6 +8,7 @@ pipeline    pipeline schedules on a real model, a core for each process, against
             with the measured costs
 data        how fast pictures, and encoded samples, become batches: ours, plain webdataset, a
             DataLoader over files, bare reads; and what resuming costs
+checkpoint  how long training stands still for a save, in the background and not; reading it back
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import torch
 
 from soar_mega.pipeline.schedules import SCHEDULES
 from soar_mega.training.benchmark import Case, compare, hardware
+from soar_mega.training.benchmark_checkpoint import StateCase, measure_checkpoints
 from soar_mega.training.benchmark_data import PictureCase, measure_order, measure_pictures
 from soar_mega.training.benchmark_encoded import EncodedCase, measure_encoded
 from soar_mega.training.benchmark_pipeline import BASELINE, Measured, computing, ratios, sleeping
@@ -36,7 +38,13 @@ def main() -> None:
     args = make_parser().parse_args()
     if args.what in ("schedules", "pipeline") and args.microbatches is None:
         args.microbatches = args.processes
-    commands = {"step": step, "schedules": schedules, "pipeline": pipeline, "data": data}
+    commands = {
+        "step": step,
+        "schedules": schedules,
+        "pipeline": pipeline,
+        "data": data,
+        "checkpoint": checkpoint,
+    }
     record = commands[args.what](args)
     record["command"] = shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
     if args.out is not None:
@@ -104,6 +112,12 @@ def make_parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--order-samples", type=int, default=2_000_000, help="of the epoch that is resumed"
     )
+    one = command("checkpoint")
+    state = StateCase()
+    one.add_argument(
+        "--million-parameters", type=int, default=state.million_parameters, help="of the state"
+    )
+    one.add_argument("--folder", type=Path, help="on the disk to measure; it must not exist")
     return parser
 
 
@@ -161,6 +175,31 @@ def data(args: argparse.Namespace) -> dict[str, Any]:
     for place, seconds in record["order"]["median"].items():
         print(f"  {place:<10}{seconds:.3f}")
     return record
+
+
+def checkpoint(args: argparse.Namespace) -> dict[str, Any]:
+    case = StateCase(args.million_parameters)
+    with tempfile.TemporaryDirectory() as temporary:
+        found = measure_checkpoints(case, args.repeats, args.folder or Path(temporary, "state"))
+    median, gigabytes = found["median"], found["bytes"] / 1e9
+    print(f"a state of {found['parameters'] / 1e6:.0f}M parameters, {gigabytes:.2f} GB; medians")
+    for name, stall in median["stall_s"].items():
+        print(
+            f"  saved {name:<20} training stands still {stall:6.2f} s, "
+            f"on the disk after {median['written_s'][name]:6.2f} s"
+        )
+    print(f"  of the stall {found['stall_left']:.3f} is left")
+    for name, seconds in median["work_s"].items():
+        print(f"  some matrix products {name:<14} {seconds:6.2f} s")
+    for name in ("verify_s", "load_s"):
+        print(f"  {name[:-2]:<7} {median[name]:6.2f} s, {gigabytes / median[name]:5.2f} GB/s")
+    return {
+        "what": "saving a checkpoint in the background against at once; verifying and loading it",
+        "hardware": hardware(),
+        "torch": torch.__version__,
+        "case": vars(case),
+        **found,
+    }
 
 
 def show(title: str, median: dict[str, dict[str, float]], baseline: str) -> None:
