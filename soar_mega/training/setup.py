@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from soar_mega.backends.torch import TorchBackend
+from soar_mega.checkpoint import store
 from soar_mega.checkpoint.importer import (
     load_diffusers_transformer,
     load_weights,
@@ -40,6 +41,7 @@ from soar_mega.pipeline.engine import Pipeline
 from soar_mega.pipeline.schedules import build_schedule
 from soar_mega.training import saving
 from soar_mega.training.feed import DTYPES, Feed
+from soar_mega.training.health import Health
 from soar_mega.training.layout import check_layout, cut_model
 from soar_mega.training.step import Stepper
 
@@ -193,6 +195,11 @@ class Run:
     lineage: dict[str, Any]
     resumed: Path | None
 
+    @property
+    def health(self) -> Health:
+        """Whether steps go well."""
+        return self.stepper.health
+
 
 def build(config: Config, checked: Checked, device: torch.device) -> Run:
     """Model, weights, optimizer and data of a run; every rank calls it."""
@@ -233,11 +240,22 @@ def build(config: Config, checked: Checked, device: torch.device) -> Run:
     if path is not None:
         done_steps, recorded, data_state = saving.resume(stepper, path, checked.data.fingerprint())
         saved = None if config.checkpoint.reset_data else data_state or {}
+        stepper.health = _health(config, path)
         lineage = {k: v for k, v in recorded.items() if k not in ("run", "step", "objective")}
     feed = Feed(config, mesh, checked.data, facts, encoders, step=done_steps, saved=saved)
     return Run(
         config, mesh, stepper, feed, facts, encoders, checked, done_steps, lineage, resumed=path
     )
+
+
+def _health(config: Config, path: Path) -> Health:
+    recorded = store.read_extra(path).get("health")
+    if recorded is None:
+        return Health(config.train)
+    try:
+        return Health.from_state(recorded, config.train)
+    except ValueError as error:
+        raise ConfigError(f"checkpoint.resume = {path}: {error}. Use another checkpoint") from error
 
 
 def _needs_encoders(config: Config, checked: Checked) -> bool:
