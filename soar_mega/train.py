@@ -15,7 +15,8 @@ EXIT_DO_NOT_RESTART = 93
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done, 1 failed, 78 configuration or inputs cannot work, 93 do not restart.
 
-    93 means that the same start would fail in the same way, as when the loss is not finite.
+    93 means that a chain of jobs must not go on by itself: too many steps had to be skipped, so
+    that the same start would fail in the same way, or somebody asked the run to stop.
     """
     parser = argparse.ArgumentParser(
         prog="python -m soar_mega.train",
@@ -45,22 +46,25 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         return _fail(error, EXIT_CONFIG_ERROR)
     # torch and the model libraries take seconds to import; a typo is told before.
+    from soar_mega.checkpoint.errors import CheckpointError
     from soar_mega.data.errors import DataError
     from soar_mega.parallel.errors import PeerError
-    from soar_mega.training.step import NotFiniteError
+    from soar_mega.training.health import SickRunError
     from soar_mega.training.trainer import train
 
     try:
-        train(config)
+        finished = train(config)
     except ConfigError as error:
         return _fail(error, EXIT_CONFIG_ERROR)
-    except NotFiniteError as error:
+    except SickRunError as error:
         return _fail(error, EXIT_DO_NOT_RESTART)
+    except CheckpointError as error:
+        return _fail(error, 1)
     except PeerError as error:  # each rank names what it was waiting for
         return _fail(error, 1, everywhere=True)
     except DataError as error:  # one rank's sample: the others have not heard of it
         return _fail(error, 1, everywhere=True)
-    return 0
+    return 0 if finished else EXIT_DO_NOT_RESTART
 
 
 def _fail(error: Exception, code: int, *, everywhere: bool = False) -> int:

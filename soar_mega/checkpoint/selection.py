@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,11 +21,13 @@ class Selection:
         path: The verified checkpoint; None: start fresh.
         damaged: Newer ones that were passed over, and what is wrong with each.
         ignored: Other names in the folder of checkpoints.
+        seconds: It took to find and verify it.
     """
 
     path: Path | None
     damaged: dict[Path, str] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
+    seconds: float = 0.0
 
 
 def select(resume: str, root: Path | str, mesh: Mesh) -> Selection:
@@ -42,7 +45,7 @@ def select(resume: str, root: Path | str, mesh: Mesh) -> Selection:
             ``latest`` where there are checkpoints, but none that is whole; files that not all ranks
             see.
     """
-    root = Path(root)
+    root, began = Path(root), time.perf_counter()
 
     def candidates() -> tuple[list[str], list[str]]:
         put_back(root)
@@ -59,7 +62,7 @@ def select(resume: str, root: Path | str, mesh: Mesh) -> Selection:
     for name in names:
         problem = damage_of(Path(name), mesh)
         if problem is None:
-            return Selection(Path(name), damaged, others)
+            return Selection(Path(name), damaged, others, time.perf_counter() - began)
         damaged[Path(name)] = problem
     if damaged and resume != "latest":
         raise CheckpointError(

@@ -101,12 +101,21 @@ class OptimizerConfig(Section):
 
 
 class TrainConfig(Section):
-    """Length of the run, batch, clipping, EMA, recomputation."""
+    """Length of the run, batch, clipping, skipped steps, EMA, recomputation."""
 
     max_train_steps: int = Field(ge=1, description="Optimizer steps of the whole run.")
     micro_batch_size: int = Field(ge=1, description="Samples of one pass on one rank.")
     global_batch_size: int = Field(ge=1, description="Samples of one step over all ranks.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+    spike_factor: float | None = Field(
+        100.0,
+        gt=1,
+        description="Skip a step whose loss or gradient norm is above this many times its median "
+        "over the last 128 accepted steps; null: only what is not finite.",
+    )
+    max_skipped_steps: int = Field(
+        10, ge=0, description="Steps in a row that may be skipped; one more ends the run."
+    )
     ema_decay: float = Field(0.999, ge=0, lt=1, description="Decay of the averaged weights.")
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         "none", description="Which activations to recompute in the backward."
@@ -243,7 +252,7 @@ class Config(Section):
     )
     data: DataConfig = Field(description="The training data.")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="AdamW and its schedule.")
-    train: TrainConfig = Field(description="Length, batch, clipping, EMA, recomputation.")
+    train: TrainConfig = Field(description="Length, batch, clipping, skipped steps, EMA.")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="Saving and resuming.")
     logging: LoggingConfig = Field(LoggingConfig(), description="What is reported.")
     validation: ValidationConfig = Field(ValidationConfig(), description="Validation.")

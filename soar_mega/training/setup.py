@@ -40,10 +40,11 @@ from soar_mega.parallel.sharded import ShardedParameters
 from soar_mega.pipeline.actions import Placement
 from soar_mega.pipeline.engine import Pipeline
 from soar_mega.pipeline.schedules import build_schedule
-from soar_mega.training import saving
 from soar_mega.training.feed import DTYPES, Feed
+from soar_mega.training.health import Health
 from soar_mega.training.layout import check_layout, cut_model
-from soar_mega.training.saving import Resumed, Saver
+from soar_mega.training.resuming import Resumed, find, resume
+from soar_mega.training.saving import Saver
 from soar_mega.training.step import Stepper
 
 
@@ -198,10 +199,10 @@ class Run:
     selection: Selection
     resumed: Resumed | None
 
-    def close(self) -> None:
-        """Stop the threads, close the files; a save under way is waited for."""
-        self.feed.close()
-        self.saver.join()
+    @property
+    def health(self) -> Health:
+        """Whether steps go well."""
+        return self.stepper.health
 
 
 def build(config: Config, checked: Checked, device: torch.device) -> Run:
@@ -213,7 +214,7 @@ def build(config: Config, checked: Checked, device: torch.device) -> Run:
         timeout_of(config),
         parallel.pipeline_model_parallel_size,
     )
-    selection = saving.find(config, mesh)
+    selection = find(config, mesh)
     facts, encoders = ModelFacts.read(config.model.pretrained), None
     if _needs_encoders(config, checked):
         encoders = FrozenEncoders.load(
@@ -242,14 +243,26 @@ def build(config: Config, checked: Checked, device: torch.device) -> Run:
     stepper = Stepper(config, mesh, stages, pipeline, parameters, objective)
     done_steps, saved, resumed, fingerprint = 0, None, None, checked.data.fingerprint()
     if resuming:
-        resumed = saving.resume(stepper, selection, fingerprint)
+        resumed = resume(stepper, selection, fingerprint)
         done_steps, lineage = resumed.steps, resumed.lineage
         saved = None if config.checkpoint.reset_data else resumed.data or {}
+        stepper.health = _health(config, resumed)
     feed = Feed(config, mesh, checked.data, facts, encoders, step=done_steps, saved=saved)
     saver = Saver(stepper, lineage, fingerprint, lambda: feed.state)
     return Run(
         config, mesh, stepper, feed, facts, encoders, checked, done_steps, saver, selection, resumed
     )
+
+
+def _health(config: Config, resumed: Resumed) -> Health:
+    if resumed.health is None:
+        return Health(config.train)
+    try:
+        return Health.from_state(resumed.health, config.train)
+    except ValueError as error:
+        raise ConfigError(
+            f"checkpoint.resume = {resumed.path}: {error}. Use another checkpoint"
+        ) from error
 
 
 def _needs_encoders(config: Config, checked: Checked) -> bool:

@@ -16,12 +16,9 @@ from soar_mega.parallel.sharded import ShardedParameters
 from soar_mega.passes import MicroBatch, Objective
 from soar_mega.pipeline.engine import Pipeline
 from soar_mega.pipeline.recorder import Recorder
+from soar_mega.training.health import Health
 from soar_mega.training.optimizer import ShardEMA, ShardOptimizer, learning_rate
 from soar_mega.training.report import loss_metrics
-
-
-class NotFiniteError(RuntimeError):
-    """The loss or the gradient is NaN or infinite; the weights are untouched."""
 
 
 class Stepper:
@@ -33,6 +30,9 @@ class Stepper:
         pipeline: Runs passes over them.
         parameters: Theirs.
         objective: What is trained.
+
+    Attributes:
+        health: Decides which steps are skipped.
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class Stepper:
         self.parameters, self.objective = parameters, objective
         self.optimizer = ShardOptimizer(parameters.master_shard, config.optimizer)
         self.ema = ShardEMA(parameters.master_shard, config.train.ema_decay)
+        self.health = Health(config.train)
         self._lambda_aux = float(getattr(config.objective, "lambda_aux", 0.0))
         self._num_states = sum(p.states for p in objective.passes() if p.kind == "aux")
 
@@ -59,7 +60,7 @@ class Stepper:
     def run(
         self, step: int, microbatches: Sequence[MicroBatch], recorder: Recorder | None = None
     ) -> dict[str, float]:
-        """Train on one global batch.
+        """Train on one global batch, or leave everything as it is where ``health`` refuses it.
 
         Args:
             step: From 0.
@@ -70,7 +71,6 @@ class Stepper:
             ``train/*`` and ``optim/*`` metrics, equal on every rank.
 
         Raises:
-            NotFiniteError: On every rank alike, before anything was changed.
             PeerError: Another rank died, hangs or does not answer in time.
         """
         self.parameters.zero_gradients()
@@ -95,22 +95,12 @@ class Stepper:
         )
         lr = learning_rate(self.config.optimizer, step, self.config.train.max_train_steps)
         metrics |= {"optim/grad_norm": float(norm), "optim/lr": lr}
-        self._refuse_non_finite(step, metrics)
-
+        # Before clipping, which would make NaN of all weights, and hide a spike.
+        if not self.health.judge(metrics["train/loss"], metrics["optim/grad_norm"]):
+            return metrics
         limit = self.config.train.max_grad_norm
         gradient.mul_(torch.clamp(limit / (norm + 1e-6), max=1.0).to(gradient.dtype))
         self.optimizer.update(gradient, lr)
         self.ema.update(self.parameters.master_shard, self.optimizer.step)
         self.parameters.publish()
         return metrics
-
-    def _refuse_non_finite(self, step: int, metrics: dict[str, float]) -> None:
-        for name in ("train/loss", "optim/grad_norm"):
-            value = torch.tensor(metrics[name])
-            if not torch.isfinite(value):
-                raise NotFiniteError(
-                    f"{name} is {metrics[name]} in step {step + 1}: the run stops with the weights "
-                    f"of step {step}. Lower optimizer.learning_rate (now "
-                    f"{metrics['optim/lr']:g}), lengthen "
-                    "optimizer.lr_warmup_steps, or look for a bad sample"
-                )

@@ -5,32 +5,28 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import sys
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from soar_mega.checkpoint import store
 from soar_mega.checkpoint.diffusers_map import POSITION, mapping
 from soar_mega.config import Config, ConfigError, dump_yaml
 from soar_mega.launch.environment import ProcessEnvironment
-from soar_mega.launch.provenance import write_environment
 from soar_mega.pipeline.recorder import Recorder
-from soar_mega.pipeline.timeline import Timeline
-from soar_mega.pipeline.timeline_picture import draw
-from soar_mega.pipeline.trace import write_trace
-from soar_mega.telemetry.files import put_aside
 from soar_mega.telemetry.flops import (
     forward_flops,
     known_peak_tflops,
     model_flops_utilisation,
     training_factor,
 )
-from soar_mega.telemetry.metrics import MetricsWriter
-from soar_mega.telemetry.progress import Progress
-from soar_mega.telemetry.tracking import NoTracker, Tracker, open_tracker
 from soar_mega.training import saving
+from soar_mega.training.health import SickRunError
+from soar_mega.training.optimizer import learning_rate
+from soar_mega.training.reporter import Reporter
+from soar_mega.training.requests import STOP_NOW, Requests
 from soar_mega.training.setup import (
     Run,
     build,
@@ -42,12 +38,15 @@ from soar_mega.training.setup import (
 from soar_mega.training.validation import Validation
 
 
-def train(config: Config) -> None:
+def train(config: Config) -> bool:
     """Run the configuration to its last step.
+
+    Returns:
+        Whether it got there; False: somebody asked it to stop before.
 
     Raises:
         ConfigError: Before any training, on every rank alike.
-        NotFiniteError: The loss or gradient is not finite; nothing of that step was kept.
+        SickRunError: Too many steps in a row had to be skipped; nothing was saved after them.
     """
     process = ProcessEnvironment.read(os.environ)
     device = device_of(config, process)
@@ -68,12 +67,13 @@ def train(config: Config) -> None:
     except ValueError as error:  # whatever a room refuses is the user's to mend
         raise ConfigError(str(error)) from error
     try:
-        _loop(run, process)
+        finished = _loop(run, process)
     finally:
-        run.close()
+        run.feed.close()
     # Not after an error: the others may never come, and the message must not wait for them.
     if dist.is_initialized():
         dist.destroy_process_group()
+    return finished
 
 
 def _agree(problem: str | None) -> None:
@@ -116,78 +116,29 @@ def _agree_on_steps(config: Config, data: str) -> None:
             )
 
 
-class _Reporter:
-    """Rank 0's metrics file, console and tracker; silent elsewhere."""
+def _loop(run: Run, process: ProcessEnvironment) -> bool:
+    """The steps that are left; whether all of them were done.
 
-    def __init__(self, run: Run, process: ProcessEnvironment) -> None:
-        config = run.config
-        self._writer: MetricsWriter | None = None
-        self._progress: Progress | None = None
-        self._tracker: Tracker = NoTracker()
-        self._folder: Path | None = None
-        if run.mesh.rank != 0:
-            return
-        folder = self._folder = Path(config.run.dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        resolved = folder / "config.resolved.yaml"
-        if not resolved.exists() or resolved.read_text() != dump_yaml(config):
-            put_aside(resolved)
-            resolved.write_text(dump_yaml(config))
-        write_environment(folder, process)
-        self._writer = MetricsWriter(folder, run.done_steps)
-        self._tracker = open_tracker(
-            config.logging,
-            folder,
-            name=config.run.name,
-            config=config.model_dump(mode="json"),
-            resumed=run.resumed is not None,
-        )
-        self._progress = Progress(
-            config.train.max_train_steps, run.done_steps, every=config.logging.log_every
-        )
-
-    def note(self, text: str) -> None:
-        if self._progress is not None:
-            self._progress.note(text)
-
-    def step(self, step: int, metrics: dict[str, float]) -> None:
-        if self._writer is not None and self._progress is not None:
-            self._writer.write(step, metrics)
-            self._tracker.log(step, metrics)
-            self._progress.update(step, metrics)
-
-    def picture(self, step: int, path: Path | None) -> None:
-        if path is not None:
-            self._tracker.log_image(step, "val/pictures", path)
-            self.note(f"pictures of step {step}: {path}")
-
-    def timeline(self, step: int, timeline: Timeline | None) -> None:
-        """Write a recorded step as data, picture and trace."""
-        if timeline is None or self._folder is None:
-            return
-        path = self._folder / "timeline" / f"step_{step:08d}.json"
-        path.parent.mkdir(exist_ok=True)
-        timeline.save(path)
-        title = f"{timeline.name}, step {step}, bubble {timeline.bubble:.1%}"
-        draw(timeline, path.with_suffix(".svg"), title)
-        write_trace(path.with_suffix(".trace.json"), [timeline])
-        self.note(f"timeline of step {step}: {path.with_suffix('.svg')}")
-
-    def close(self) -> None:
-        if self._writer is not None and self._progress is not None:
-            self._progress.close()
-            self._writer.close()
-            self._tracker.finish(0 if sys.exc_info()[0] is None else 1)
-
-
-def _loop(run: Run, process: ProcessEnvironment) -> None:
-    config = run.config
-    reporter = _Reporter(run, process)
+    A checkpoint that is due after a skipped step waits for the next accepted one (see ``Health``),
+    one that somebody asked for too. At the end of the run, or when it is told to stop, there is no
+    waiting: the state is saved with what ``Health`` knows of it, so that the run can go on there.
+    """
+    config, health, saver = run.config, run.health, run.saver
+    reporter = Reporter(run, process)
     try:
         _announce(run, reporter)
+        last = config.train.max_train_steps
+        if run.done_steps >= last:
+            reporter.note(f"nothing to do: {run.done_steps} of {last} steps are done")
+            return True
+        requests = Requests(Path(config.run.dir), run.mesh)
+        agreed = requests.agree()
+        if agreed.stop:  # nothing to save: it came from a checkpoint, or starts the same way again
+            reporter.note(_stopped(run, run.done_steps), *requests.answered(agreed))
+            return False
         validation = Validation(run)
         flops = training_factor(config.objective) * _sample_flops(run)
-        last = config.train.max_train_steps
+        save_due = False
         for step in range(run.done_steps, last):
             began = time.perf_counter()
             microbatches = run.feed.load(step)
@@ -198,35 +149,94 @@ def _loop(run: Run, process: ProcessEnvironment) -> None:
             metrics = run.feed.metrics
             if microbatches:
                 metrics |= run.stepper.run(step, microbatches, recorder)
+                if health.problem is not None:
+                    reporter.note(_skipped(run, step + 1))
             else:
                 reporter.note(f"step {step + 1}: no sample of it can be used, so nothing is learnt")
             if run.mesh.device.type == "cuda":
                 torch.cuda.synchronize()  # else the update counts as the next step's load
             ended = time.perf_counter()
-            metrics |= _speed(run, flops, ended - began, loaded - began)
+            metrics |= health.metrics | _speed(run, flops, ended - began, loaded - began)
             done = step + 1
             if recorder is not None and microbatches:
                 reporter.timeline(done, run.stepper.pipeline.gather_timeline(recorder))
             if validation.is_due(done):
                 metrics |= validation.losses()
             reporter.step(done, metrics)
-            if done % config.checkpoint.checkpointing_steps == 0 or done == last:
-                stall = run.saver.save(done, metrics.get("val/loss"))
-                reporter.note(f"saving step {done}; training stood still for {stall:.2f} s")
+            if health.exhausted:
+                raise SickRunError(_sick(run, done))
+            agreed = requests.agree(failed=saver.failed)
+            if agreed.failed:
+                saver.settle()
+            save_due |= agreed.save or done % config.checkpoint.checkpointing_steps == 0
+            if agreed.stop or done == last or (save_due and health.ok):
+                saver.save(done, metrics.get("val/loss"))
+                save_due = False
+                if agreed.save or agreed.stop:  # who asked for it wants it on the disk
+                    saver.settle()
+                    reporter.note(*requests.answered(agreed))
+            elif save_due:
+                reporter.note("a checkpoint is due and waits for an accepted step")
+            reporter.note(*saver.notes())
             if validation.pictures_due(done):
                 reporter.picture(done, validation.pictures(done))
-            for note in run.saver.notes():
-                reporter.note(note)
-        run.saver.finish()
-        for note in run.saver.notes():
-            reporter.note(note)
-        if run.done_steps >= last:
-            reporter.note(f"nothing to do: {run.done_steps} of {last} steps are done")
+            if agreed.stop and done < last:
+                saver.finish()
+                reporter.note(*saver.notes(), _stopped(run, done))
+                return False
+        saver.finish()
+        return True
     finally:
+        # A checkpoint that is being written is worth the wait, whatever went wrong.
+        saver.join()
+        reporter.note(*saver.notes())
         reporter.close()
 
 
-def _announce(run: Run, reporter: _Reporter) -> None:
+def _skipped(run: Run, step: int) -> str:
+    row, limit = run.health.skipped_in_a_row, run.config.train.max_skipped_steps
+    return (
+        f"step {step} is skipped, number {row} in a row (train.max_skipped_steps = {limit}): "
+        f"{run.health.problem}"
+    )
+
+
+def _sick(run: Run, step: int) -> str:
+    config, folder = run.config, Path(run.config.run.dir)
+    healthy = _last_healthy(folder / saving.CHECKPOINTS)
+    rate = learning_rate(config.optimizer, step - 1, config.train.max_train_steps)
+    way_out = "there is no checkpoint to go back to: start again"
+    if healthy is not None:
+        way_out = f"go on from the last healthy checkpoint, {healthy}, or an older one"
+    return (
+        f"{_skipped(run, step)}. The run ends, and no skipped step was saved. Lower "
+        f"optimizer.learning_rate (now {rate:g}), lengthen optimizer.lr_warmup_steps, or look for "
+        "bad samples (logging.sample_ids=true writes which ones a step had, "
+        f"{folder / 'bad_samples'} lists those refused); then {way_out}"
+    )
+
+
+def _last_healthy(root: Path) -> Path | None:
+    """The newest checkpoint that was made after an accepted step."""
+    for path in reversed(store.committed(root)):
+        try:
+            health = store.read_extra(path).get("health")
+        except (OSError, ValueError):  # damaged
+            continue
+        if health is None or health.get("skipped_in_a_row") == 0:
+            return path
+    return None
+
+
+def _stopped(run: Run, done: int) -> str:
+    last = run.config.train.max_train_steps
+    return (
+        f"stopped after {done} of {last} steps, because {Path(run.config.run.dir) / STOP_NOW} "
+        "asked for it: start again with checkpoint.resume=latest to go on"
+    )
+
+
+def _announce(run: Run, reporter: Reporter) -> None:
     mesh, config = run.mesh, run.config
     table = mapping(run.checked.architecture)
     parameters = sum(math.prod(entry.shape) for name, entry in table.items() if name != POSITION)
@@ -240,8 +250,16 @@ def _announce(run: Run, reporter: _Reporter) -> None:
     if ignored:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(ignored.items()))
         reporter.note(f"not used of the shards: {kinds}")
+    for problem in run.selection.damaged.values():
+        reporter.note(f"passed over: {problem}")
+    if run.selection.ignored:
+        reporter.note(f"no checkpoints, ignored: {', '.join(run.selection.ignored)}")
     if run.resumed is not None:
-        reporter.note(f"resumed from {run.resumed.path} at step {run.done_steps}")
+        reporter.note(
+            f"resumed from {run.resumed.path} at step {run.done_steps} (verified in "
+            f"{run.selection.seconds:.1f} s, read in {run.resumed.seconds:.1f} s)",
+            *(f"set aside, as its steps are done again: {path}" for path in run.resumed.set_aside),
+        )
     elif config.checkpoint.resume == "latest":
         reporter.note(
             f"checkpoint.resume = latest, but {Path(config.run.dir) / saving.CHECKPOINTS} holds no "

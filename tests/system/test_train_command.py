@@ -29,6 +29,7 @@ PLAIN_LINE = re.compile(
 STANDARD = {
     "data/bad_samples",
     "data/epoch",
+    "health/skipped_steps",
     "train/loss",
     "train/loss_base",
     "train/loss_aux",
