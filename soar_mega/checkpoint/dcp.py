@@ -44,12 +44,12 @@ from torch.futures import Future
 
 from soar_mega.checkpoint.boxes import BoxedTensor
 from soar_mega.checkpoint.errors import CheckpointError
+from soar_mega.checkpoint.raw_tensors import read_box
 from soar_mega.checkpoint.state_files import (
     INDEX,
     DataFile,
     StoredBox,
     StoredTensor,
-    read_box,
     read_index,
     write_index,
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import os
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -18,75 +18,53 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from soar_mega.checkpoint.errors import CheckpointError, listing
+from soar_mega.checkpoint.errors import CheckpointError
+from soar_mega.checkpoint.raw_tensors import DTYPES, as_bytes, header, read_box, write_all
+from soar_mega.checkpoint.synced import write_text
 
 STEM = "diffusion_pytorch_model"
 INDEX = f"{STEM}.safetensors.index.json"
 # What diffusers' save_pretrained uses.
 MAX_SHARD_BYTES = 10 * 10**9
 
-CODES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-DTYPES = {code: dtype for dtype, code in CODES.items()}
-
-
-def header(
-    plan: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
-) -> tuple[bytes, dict[str, int]]:
-    """The head of a safetensors file, and at which byte of the file each tensor begins.
-
-    Args:
-        plan: Key -> (shape, dtype), in the order in which their bytes follow.
-
-    Raises:
-        CheckpointError: A dtype the format does not know here.
-    """
-    unknown = [f"{key}: {dtype}" for key, (_, dtype) in plan.items() if dtype not in CODES]
-    if unknown:
-        raise CheckpointError("cannot be stored:" + listing("tensors of unknown dtype", unknown))
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    starts, end = {}, 0
-    for key, (shape, dtype) in plan.items():
-        starts[key] = end
-        end += math.prod(shape) * dtype.itemsize
-        entries[key] = {
-            "dtype": CODES[dtype],
-            "shape": list(shape),
-            "data_offsets": [starts[key], end],
-        }
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    head = len(text).to_bytes(8, "little") + text
-    return head, {key: start + len(head) for key, start in starts.items()}
-
 
 class SafetensorsFolder:
-    """The tensors of one folder, read on demand.
+    """The tensors of one folder, or of one file, read on demand by plain reads.
+
+    Args:
+        place: A folder as diffusers lays it out, or a safetensors file.
+
+    Attributes:
+        shapes, dtypes: Of each tensor.
 
     Raises:
         CheckpointError: No weights there, or a file that the index names is missing or unreadable.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, place: Path) -> None:
+        self.folder = place
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._file_of: dict[str, Path] = {}
-        for path in self._files():
+        self.dtypes: dict[str, torch.dtype] = {}
+        self._places: dict[str, tuple[Path, int]] = {}
+        for path in [place] if place.is_file() else self._files():
             try:
-                with safe_open(path, framework="pt") as file:
-                    for key in file.keys():  # noqa: SIM118
-                        self._file_of[key] = path
-                        self.shapes[key] = tuple(file.get_slice(key).get_shape())
+                with safe_open(path, framework="pt"):  # checks the whole header
+                    pass
+                self._read_header(path)
             except Exception as error:
                 raise CheckpointError(f"{path} is no readable safetensors file: {error}") from error
+
+    def _read_header(self, path: Path) -> None:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            entries = json.loads(file.read(length))
+        for key, entry in entries.items():
+            if key == "__metadata__":
+                continue
+            if entry["dtype"] not in DTYPES:
+                raise CheckpointError(f"{key} is of dtype {entry['dtype']}, which is not supported")
+            self.shapes[key], self.dtypes[key] = tuple(entry["shape"]), DTYPES[entry["dtype"]]
+            self._places[key] = path, 8 + length + entry["data_offsets"][0]
 
     def _files(self) -> list[Path]:
         if (self.folder / INDEX).is_file():
@@ -111,36 +89,41 @@ class SafetensorsFolder:
         return [single]
 
     def read(self, key: str, region: tuple[slice, ...] | None = None) -> Tensor:
-        """One tensor, or a slice of it; the mapped file is let go at once."""
-        with safe_open(self._file_of[key], framework="pt") as file:
-            if region is None:
-                tensor: Tensor = file.get_tensor(key)
-            else:
-                tensor = file.get_slice(key)[region]
-            return tensor.clone()
+        """One tensor, or a region of it (slices with start and stop)."""
+        shape = self.shapes[key]
+        path, start = self._places[key]
+        cut = region or tuple(slice(0, size) for size in shape)
+        out = torch.empty([one.stop - one.start for one in cut], dtype=self.dtypes[key])
+        with path.open("rb", buffering=0) as file:
+            read_box(file.fileno(), start, shape, cut, out)
+        return out
 
 
 class StreamWriter:
-    """Writes one safetensors folder; tensors come in the order of ``plan``.
+    """Writes one safetensors folder or file, synced; tensors come in the order of ``plan``.
 
     Args:
-        folder: Where the files go.
+        place: The folder, or with ``single`` the file.
         plan: Key -> (shape, dtype), in writing order.
-        max_shard_bytes: A new file begins before this is passed.
+        max_shard_bytes: A new file begins before this is passed; None: one file.
+        single: Whether ``place`` is the file itself.
     """
 
     def __init__(
         self,
-        folder: Path,
+        place: Path,
         plan: dict[str, tuple[tuple[int, ...], torch.dtype]],
-        max_shard_bytes: int = MAX_SHARD_BYTES,
+        max_shard_bytes: int | None = MAX_SHARD_BYTES,
+        *,
+        single: bool = False,
     ) -> None:
-        self.folder, self.plan = folder, plan
+        self.place, self.plan, self._single = place, plan, single
+        limit = math.inf if single or max_shard_bytes is None else max_shard_bytes
         self._shards: list[list[str]] = [[]]
         filled = self.total_bytes = 0
         for key in plan:
             size = self._size(key)
-            if self._shards[-1] and filled + size > max_shard_bytes:
+            if self._shards[-1] and filled + size > limit:
                 self._shards.append([])
                 filled = 0
             self._shards[-1].append(key)
@@ -148,6 +131,7 @@ class StreamWriter:
             self.total_bytes += size
         self._pending = [(number, key) for number, keys in enumerate(self._shards) for key in keys]
         self._pending.reverse()
+        self._left = 0  # elements of the tensor that is being written
         self._file: BinaryIO | None = None
         self._open_number: int | None = None
 
@@ -163,28 +147,38 @@ class StreamWriter:
             else f"{STEM}-{number + 1:05d}-of-{count:05d}.safetensors"
         )
 
-    def write(self, key: str, tensor: Tensor) -> None:
-        """Append the next tensor of the plan."""
-        number, expected = self._pending.pop()
+    def write(self, key: str, piece: Tensor) -> None:
+        """Append a tensor of the plan, or its next elements, row-major.
+
+        Raises:
+            ValueError: It is not the plan's turn of this tensor, or it does not fit.
+        """
+        number, expected = self._pending[-1] if self._pending else (0, "nothing")
         shape, dtype = self.plan[key]
-        if key != expected or tuple(tensor.shape) != shape or tensor.dtype != dtype:
-            raise ValueError(f"expected {expected} {self.plan[expected]}, got {key} {tensor.shape}")
+        if self._left == 0:
+            self._left = math.prod(shape)
+        if key != expected or piece.dtype != dtype or piece.numel() > self._left:
+            raise ValueError(f"expected {expected}, got {piece.numel()} of {key} {piece.dtype}")
         if number != self._open_number:
             self._begin(number)
         assert self._file is not None
-        raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        self._file.write(raw.numpy().data)
+        write_all(self._file, as_bytes(piece.detach().cpu().contiguous()))
+        self._left -= piece.numel()
+        if self._left == 0:
+            self._pending.pop()
 
     def _begin(self, number: int) -> None:
         self._close()
         head, _ = header({key: self.plan[key] for key in self._shards[number]})
-        self._file = (self.folder / self._name(number)).open("wb")
-        self._file.write(head)
+        path = self.place if self._single else self.place / self._name(number)
+        self._file = path.open("wb", buffering=0)
+        write_all(self._file, head)
         self._open_number = number
 
     def _close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with self._file:
+                os.fsync(self._file.fileno())
             self._file = None
 
     def __enter__(self) -> StreamWriter:
@@ -196,9 +190,11 @@ class StreamWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._close()
         if error is not None:
+            if self._file is not None:
+                self._file.close()
             return
+        self._close()
         if self._pending:
             raise ValueError(f"{len(self._pending)} planned tensors were not written")
         if len(self._shards) > 1:
@@ -207,4 +203,4 @@ class StreamWriter:
                 "metadata": {"total_size": self.total_bytes},
                 "weight_map": dict(sorted(where.items())),
             }
-            (self.folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+            write_text(self.place / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")

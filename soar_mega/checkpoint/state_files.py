@@ -21,13 +21,19 @@ from torch import Tensor
 
 from soar_mega.checkpoint.errors import CheckpointError
 from soar_mega.checkpoint.hashing import new_hash
-from soar_mega.checkpoint.safetensors_files import CODES, DTYPES, header
+from soar_mega.checkpoint.raw_tensors import (
+    CODES,
+    DTYPES,
+    PIECE,
+    as_bytes,
+    header,
+    read_box,
+    write_all,
+)
 from soar_mega.checkpoint.synced import write_text
 
 INDEX = "index.json"
 FORMAT = 1
-PIECE = 32 * 2**20  # bytes read or hashed at once
-_SHORT_RUN = 2**16  # below this it is cheaper to read what lies between two runs, too
 
 
 @dataclass(frozen=True)
@@ -151,10 +157,7 @@ class DataFile:
         for start in range(0, len(data), PIECE):
             piece = data[start : start + PIECE]
             self._hash.update(piece)
-            while piece:
-                count = self._file.write(piece)
-                self.written += count
-                piece = piece[count:]
+            self.written += write_all(self._file, piece)
 
     def close(self) -> tuple[int, str]:
         """Sync; returns the size in bytes and the hash.
@@ -171,72 +174,6 @@ class DataFile:
     def abandon(self) -> None:
         """Close after an error."""
         self._file.close()
-
-
-def as_bytes(tensor: Tensor) -> Any:
-    """A contiguous CPU tensor's memory as a writable buffer of bytes."""
-    return tensor.view(-1).view(torch.uint8).numpy()
-
-
-def read_box(
-    file: int, start: int, shape: tuple[int, ...], region: tuple[slice, ...], out: Tensor
-) -> None:
-    """Read a part of a box into a tensor.
-
-    Args:
-        file: Descriptor of the data file.
-        start: First byte of the box.
-        shape: Of the box.
-        region: One slice with start and stop per dimension.
-        out: CPU tensor of the region's shape and the stored dtype, of any strides; filled in place.
-
-    Raises:
-        OSError: The file ends before the box does, or cannot be read.
-    """
-    if out.numel() == 0:
-        return
-    item = out.element_size()
-    whole_below = 0  # the number of leading dimensions that the region may cut
-    for dim, (cut, size) in enumerate(zip(region, shape, strict=True)):
-        if (cut.start, cut.stop) != (0, size):
-            whole_below = dim + 1
-    if not shape or whole_below <= 1:  # one run of bytes
-        first = region[0].start * math.prod(shape[1:]) * item if shape else 0
-        _read_run(file, start + first, out)
-        return
-    row = math.prod(shape[1:]) * item
-    if row <= _SHORT_RUN:
-        rows = max(PIECE // row, 1)
-        for done in range(0, out.shape[0], rows):
-            part = out[done : done + rows]
-            lines = torch.empty((part.shape[0], *shape[1:]), dtype=out.dtype)
-            _read_run(file, start + (region[0].start + done) * row, lines)
-            part.copy_(lines[(slice(None), *region[1:])])
-        return
-    for index in range(region[0].start, region[0].stop):
-        inner = out[index - region[0].start]
-        read_box(file, start + index * row, shape[1:], region[1:], inner)
-
-
-def _read_run(file: int, start: int, out: Tensor) -> None:
-    """Fill ``out``, row-major, with consecutive bytes of the file."""
-    if out.is_contiguous():
-        _read_bytes(file, start, memoryview(as_bytes(out)))
-    elif out.dim() > 1 and out.nbytes > PIECE:
-        for index, inner in enumerate(out):
-            _read_run(file, start + index * inner.nbytes, inner)
-    else:
-        dense = torch.empty_like(out, memory_format=torch.contiguous_format)
-        _read_bytes(file, start, memoryview(as_bytes(dense)))
-        out.copy_(dense)
-
-
-def _read_bytes(file: int, start: int, into: memoryview) -> None:
-    while into:
-        count = os.preadv(file, [into[:PIECE]], start)
-        if count == 0:
-            raise OSError(f"ends at byte {start}, {len(into)} bytes too early")
-        start, into = start + count, into[count:]
 
 
 def overlap(
