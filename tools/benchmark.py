@@ -9,6 +9,7 @@ pipeline    pipeline schedules on a real model, a core for each process, against
 data        how fast pictures, and encoded samples, become batches: ours, plain webdataset, a
             DataLoader over files, bare reads; and what resuming costs
 checkpoint  how long training stands still for a save, in the background and not; reading it back
+convert     a real-size transformer to a checkpoint of ours and back, against cp and sync
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import torch
 from soar_mega.pipeline.schedules import SCHEDULES
 from soar_mega.training.benchmark import Case, compare, hardware
 from soar_mega.training.benchmark_checkpoint import StateCase, measure_checkpoints
+from soar_mega.training.benchmark_convert import measure_converters
 from soar_mega.training.benchmark_data import PictureCase, measure_order, measure_pictures
 from soar_mega.training.benchmark_encoded import EncodedCase, measure_encoded
 from soar_mega.training.benchmark_pipeline import BASELINE, Measured, computing, ratios, sleeping
@@ -44,6 +46,7 @@ def main() -> None:
         "pipeline": pipeline,
         "data": data,
         "checkpoint": checkpoint,
+        "convert": convert,
     }
     record = commands[args.what](args)
     record["command"] = shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
@@ -116,6 +119,14 @@ def make_parser() -> argparse.ArgumentParser:
     state = StateCase()
     one.add_argument(
         "--million-parameters", type=int, default=state.million_parameters, help="of the state"
+    )
+    one.add_argument("--folder", type=Path, help="on the disk to measure; it must not exist")
+    one = command("convert")
+    one.add_argument(
+        "--architecture",
+        type=Path,
+        default=Path("configs/architectures/sd35_medium"),
+        help="folder with transformer/config.json",
     )
     one.add_argument("--folder", type=Path, help="on the disk to measure; it must not exist")
     return parser
@@ -198,6 +209,27 @@ def checkpoint(args: argparse.Namespace) -> dict[str, Any]:
         "hardware": hardware(),
         "torch": torch.__version__,
         "case": vars(case),
+        **found,
+    }
+
+
+def convert(args: argparse.Namespace) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary, "convert")
+        found = measure_converters(args.architecture, args.repeats, folder)
+    print(f"{args.architecture.name}, {found['bytes'] / 1e9:.2f} GB in bf16; bit-equal after both")
+    for name, seconds in found["median_seconds"].items():
+        line = f"  {name:<24}{seconds:>8.1f} s"
+        if name in found["peak_bytes"]:
+            speed = found["times_the_copys_speed"][name]
+            line += f", {speed:.2f} times the copy's speed, "
+            line += f"peak memory {found['peak_bytes'][name] / 1e9:.2f} GB"
+        print(line)
+    return {
+        "what": "converters at real size against cp and sync",
+        "hardware": hardware(),
+        "torch": torch.__version__,
+        "architecture": args.architecture.name,
         **found,
     }
 

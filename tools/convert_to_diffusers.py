@@ -11,19 +11,24 @@ import torch
 
 from soar_mega.checkpoint.errors import CheckpointError
 from soar_mega.checkpoint.exporter import export
+from soar_mega.checkpoint.safetensors_files import MAX_SHARD_BYTES
+from soar_mega.training.verify_export import verify_export
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _EPILOG = """\
 examples:
   # the newest checkpoint of a run, as a folder for StableDiffusion3Pipeline.from_pretrained
   python tools/convert_to_diffusers.py runs/sft exports/sft
+  # the same, checked against diffusers' own forward
+  python tools/convert_to_diffusers.py runs/sft exports/sft --verify
   # a certain checkpoint's plain weights in bf16, the transformer alone
   python tools/convert_to_diffusers.py runs/sft/checkpoints/step-00000500 exports/t \\
       --weights plain --dtype bf16 --transformer-only
 
 OUT gets transformer/ from the checkpoint and every other part of the pipeline from the base, with a
-README.md that says where the weights come from. Weights are written tensor by tensor: memory stays
-near the largest tensor. OUT appears complete or not at all.
+README.md that says where the weights come from. The checkpoint's hashes are compared first. Weights
+are read and written piece by piece: memory stays small whatever the model. OUT appears complete or
+not at all.
 """
 
 
@@ -63,7 +68,21 @@ def main(arguments: list[str] | None = None) -> None:
         help="cast the weights (default: as in the checkpoint, fp32); the position table is cast "
         "only if that loses no bit",
     )
+    parser.add_argument(
+        "--max-shard-size",
+        type=float,
+        default=MAX_SHARD_BYTES / 1e9,
+        metavar="GB",
+        help="largest safetensors file, in 10^9 bytes (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="open the result with diffusers and compare a forward with ours; needs memory for the "
+        "model in fp32",
+    )
     args = parser.parse_args(arguments)
+    dtype = _DTYPES[args.dtype] if args.dtype else None
     try:
         out = export(
             args.checkpoint,
@@ -71,11 +90,15 @@ def main(arguments: list[str] | None = None) -> None:
             base=args.base,
             weights=args.weights,
             transformer_only=args.transformer_only,
-            dtype=_DTYPES[args.dtype] if args.dtype else None,
+            dtype=dtype,
+            max_shard_bytes=int(args.max_shard_size * 1e9),
         )
+        print(f"wrote {out}")
+        if args.verify:
+            difference = verify_export(args.checkpoint, out, args.weights, dtype)
+            print(f"diffusers' forward equals ours to {difference:.1e} of the largest output")
     except (CheckpointError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(f"wrote {out}")
 
 
 if __name__ == "__main__":

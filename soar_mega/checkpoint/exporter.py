@@ -1,4 +1,4 @@
-"""A checkpoint of ours as a diffusers folder, written tensor by tensor.
+"""A checkpoint of ours as a diffusers folder, written piece by piece.
 
 The transformer's weights come from the checkpoint, everything else of the pipeline (VAE, text
 encoders, tokenizers, scheduler) from the diffusers folder the run started with.
@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ from torch import Tensor
 from soar_mega.checkpoint import store
 from soar_mega.checkpoint.diffusers_map import POSITION, Entry, mapping
 from soar_mega.checkpoint.errors import CheckpointError, listing
-from soar_mega.checkpoint.importer import Weights
+from soar_mega.checkpoint.importer import Weights, kind_of
 from soar_mega.checkpoint.model_card import model_card
+from soar_mega.checkpoint.raw_tensors import regions
 from soar_mega.checkpoint.safetensors_files import MAX_SHARD_BYTES, StreamWriter
+from soar_mega.checkpoint.synced import sync_folder
 from soar_mega.model.config import MMDiTConfig
 
 
@@ -58,7 +60,11 @@ def export(
     checkpoint, out = store.find(checkpoint), Path(out).resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists and is not empty: choose another folder or remove it")
+    damage = store.verify(checkpoint)
+    if damage:
+        raise CheckpointError(f"the checkpoint {checkpoint} is damaged:" + listing("files", damage))
     state, extra = store.StateReader(checkpoint), store.read_extra(checkpoint)
+    weights = kind_of(extra, weights)
     config = _transformer_config(extra, checkpoint)
     sources = _sources(state, config, weights, checkpoint)
     base = Path(base or extra["model"]["pretrained"])
@@ -76,6 +82,7 @@ def export(
         card = model_card(extra, checkpoint, base, weights, transformer_only)
         (temporary / "README.md").write_text(card)
         temporary.rename(out)
+        sync_folder(out.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return out
@@ -150,24 +157,38 @@ def _write_weights(
     dtype: torch.dtype | None,
     max_shard_bytes: int,
 ) -> None:
-    position = _cast_position(state, dtype)
+    table = _position_dtype(state, dtype)
     plan = {}
     for name, entry in sources:
-        kept = position.dtype if entry.name == POSITION else dtype or state.dtypes[name]
+        kept = table if entry.name == POSITION else dtype or state.dtypes[name]
         plan.update({key: (entry.key_shape, kept) for key in entry.keys})
     with StreamWriter(folder, plan, max_shard_bytes) as writer:
         for name, entry in sources:
-            if entry.name == POSITION:
-                tensor, position = position, torch.empty(0)
-            else:
-                tensor = state.read(name)
-            for key, part in entry.to_diffusers(tensor):
-                writer.write(key, part.to(plan[key][1]))
+            for number, key in enumerate(entry.keys):
+                for piece in _pieces(state, name, entry, number):
+                    writer.write(key, piece.to(plan[key][1]))
 
 
-def _cast_position(state: store.StateReader, dtype: torch.dtype | None) -> Tensor:
-    """The position table, first in the table of entries, in ``dtype`` if that loses nothing."""
-    position = state.read(store.MODEL + POSITION)
-    if dtype is not None and torch.equal(position.to(dtype).to(position.dtype), position):
-        return position.to(dtype)
-    return position
+def _pieces(state: store.StateReader, name: str, entry: Entry, number: int) -> Iterator[Tensor]:
+    """The elements of one of an entry's diffusers tensors, row-major, in pieces of some MiB."""
+    shape, itemsize = state.shapes[name], state.dtypes[name].itemsize
+    if len(entry.keys) == 1:  # a reshaped tensor has the same elements in the same order
+        parts = regions(shape, itemsize)
+    else:
+        one = slice(number, number + 1)
+        parts = ((one, *rest) for rest in regions(shape[1:], itemsize))
+    for region in parts:
+        yield state.read(name, region)
+
+
+def _position_dtype(state: store.StateReader, dtype: torch.dtype | None) -> torch.dtype:
+    """``dtype`` if the position table loses no bit in it, else the stored one."""
+    name = store.MODEL + POSITION
+    stored = state.dtypes[name]
+    if dtype is None:
+        return stored
+    for region in regions(state.shapes[name], stored.itemsize):
+        piece = state.read(name, region)
+        if not torch.equal(piece.to(dtype).to(stored), piece):
+            return stored
+    return dtype

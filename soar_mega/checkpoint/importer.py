@@ -6,7 +6,7 @@ Each rank reads its own slices, tensor by tensor.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,16 @@ from soar_mega.parallel.mesh import Mesh
 
 Weights = Literal["ema", "plain"]
 LINEAGE = "soar_mega_lineage.json"  # beside an exported transformer's config
+
+
+def kind_of(extra: Mapping[str, Any], asked: Weights) -> Weights:
+    """Which weights to take from a checkpoint: one that holds weights only has no average of them.
+
+    Args:
+        extra: Its ``trainer.json``.
+        asked: Which of a training state's.
+    """
+    return "plain" if extra.get("weights_only") else asked
 
 
 def transformer_folder(folder: Path | str) -> Path:
@@ -114,7 +124,8 @@ def load_checkpoint_weights(
     Raises:
         CheckpointError: On every rank: see ``store.load``.
     """
-    prefix = store.EMA if weights == "ema" else store.MODEL
+    extra = on_rank_0(mesh, lambda: store.read_extra(path), f"cannot read {path}")
+    prefix = store.EMA if kind_of(extra, weights) == "ema" else store.MODEL
     wanted: dict[str, BoxedTensor] = {}
     # Stored in fp32; cast to the parameter's dtype while it is copied in.
     for name, parameter in _parameters(modules):
@@ -155,7 +166,8 @@ def load_weights(
     record = dict(extra.get("lineage", {}))
     parents = record.pop("parents", [])
     hashed = on_rank_0(mesh, lambda: store.identity(path), what)
-    return [{**record, "weights": weights, "checkpoint": str(path), "hash": hashed}, *parents]
+    here = {"weights": kind_of(extra, weights), "checkpoint": str(path), "hash": hashed}
+    return [{**record, **here}, *parents]
 
 
 def ancestors(folder: Path | str) -> list[dict[str, Any]]:

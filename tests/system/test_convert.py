@@ -188,7 +188,7 @@ def test_export_refuses_and_leaves_nothing(base: Path, run: Path, tmp_path: Path
     assert str(broken / "vae") in refused(run, tmp_path / "out", base=broken)
     mesh = Mesh.single()
     extra = {"model": {"pretrained": str(base), "transformer": read_transformer_config(base)}}
-    bare = store.save(tmp_path / "c", 1, {"x": BoxedTensor.whole(torch.ones(1))}, extra, mesh)
+    bare = store.save(tmp_path / "c", 1, {"x": BoxedTensor.whole(torch.ones(1))}, extra, mesh).path
     assert "ema.proj" not in refused(bare, tmp_path / "out")
     assert "ema.blocks.2.image_mlp.down.bias" in refused(bare, tmp_path / "out")
     with pytest.raises(SystemExit, match=r"error: .* is not empty"):
