@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,12 +122,17 @@ def start(config: Config) -> Run:
     return build(config, check(config, place()), torch.device("cpu"))
 
 
-def train(config: Config) -> None:
-    """What the command does after its process group is there."""
+def train(config: Config, begun: Callable[[Run], None] | None = None) -> None:
+    """What the command does after its process group is there.
+
+    ``begun`` may look at the run before its first step.
+    """
     with _torch_settings_kept():
         torch.use_deterministic_algorithms(config.run.deterministic)
         run = start(config)
         try:
+            if begun is not None:
+                begun(run)
             trainer._loop(run, place())
         finally:
             run.feed.close()

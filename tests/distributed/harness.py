@@ -2,45 +2,95 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 
 # Far beyond what any case takes on two free cores; a busy machine takes several times as long.
 _TIMEOUT_S = 300
 
+# Seconds of imports that every run needs, of which many are made late: within functions.
+_IMPORTED_BEFOREHAND = [
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "diffusers.models.transformers.transformer_sd3",
+    "diffusers.pipelines.stable_diffusion_3",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.t5.modeling_t5",
+    "soar_mega.training.trainer",
+    "tests.runs",
+]
+
+
+@cache
+def warm_context() -> BaseContext:
+    """Starts processes in hundredths of a second, as forks of one that has imported everything.
+
+    That server has no thread and no process group, and never runs a test, so what is forked from
+    it is as fresh as a new interpreter.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTED_BEFOREHAND)
+    with pytest.MonkeyPatch.context() as patch:
+        # The server would look for modules in its working directory only.
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        forkserver.ensure_running()
+    return context
+
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """``function(*arguments)`` on ``world_size`` processes with a gloo default group.
+    """``function(*arguments)`` on ``world_size`` new processes with a gloo default group.
 
     ``function`` must be importable (module level) and return something ``torch.save`` can write.
+    A world of one is this process itself.
 
     Raises:
         AssertionError: A rank failed (its traceback is the message) or did not end in time.
     """
+    return _run(multiprocessing.get_context("spawn"), world_size, function, arguments)
+
+
+def run_warm_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """The same on processes of the ``warm_context``."""
+    return _run(warm_context(), world_size, function, arguments)
+
+
+def _run(
+    context: BaseContext, world_size: int, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> list[Any]:
     if world_size == 1:
         return [function(*arguments)]
     with tempfile.TemporaryDirectory() as folder:
-        context = multiprocessing.get_context("spawn")
         processes = [
-            context.Process(target=_enter, args=(rank, world_size, folder, function, arguments))
+            context.Process(  # type: ignore[attr-defined]
+                target=_enter,
+                args=(rank, world_size, folder, dict(os.environ), function, arguments),
+            )
             for rank in range(world_size)
         ]
         for process in processes:
             process.start()
+        deadline = time.monotonic() + _TIMEOUT_S
         for process in processes:
-            process.join(_TIMEOUT_S)
+            process.join(max(deadline - time.monotonic(), 0))
         alive = [rank for rank, process in enumerate(processes) if process.is_alive()]
         for process in processes:
             process.kill()
+            process.join()
         errors = sorted(Path(folder).glob("error_*"))
         if errors:
             raise AssertionError("\n".join(f"{e.name}:\n{e.read_text()}" for e in errors))
@@ -55,10 +105,12 @@ def _enter(
     rank: int,
     world_size: int,
     folder: str,
+    environment: dict[str, str],
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.clear()
+    os.environ.update(environment | {"OMP_NUM_THREADS": "1"})
     torch.set_num_threads(1)
     try:
         dist.init_process_group(
