@@ -46,10 +46,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; absent or empty")
     parser.add_argument(
         "--base",
-        type=Path,
         metavar="DIR",
-        help="diffusers folder that gives VAE, text encoders, tokenizers and scheduler (default: "
-        "the model.pretrained recorded in the checkpoint)",
+        help="diffusers folder, or owner/name@COMMIT of the hub, that gives VAE, text encoders, "
+        "tokenizers and scheduler (default: the model.pretrained recorded in the checkpoint)",
     )
     parser.add_argument(
         "--weights",

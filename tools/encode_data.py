@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from soar_mega import hub
 from soar_mega.config import ConfigError
 from soar_mega.data.encoded.run import DTYPES, EncodeProcess, EncodeSettings, encode
 from soar_mega.data.shards.index import build_index
@@ -47,7 +48,8 @@ def _parser() -> argparse.ArgumentParser:
         "--pretrained",
         required=True,
         metavar="DIR",
-        help="diffusers folder whose VAE and text encoders to use, as model.pretrained",
+        help="diffusers folder, or owner/name@COMMIT of the hub: its VAE and text encoders are "
+        "used; as model.pretrained",
     )
     add("--out", type=Path, required=True, metavar="OUT", help="folder to write")
     add(
@@ -116,7 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
         lead = f"rank {place.rank}: " if place.world_size > 1 else ""
         report = encode(
             build_index(given.shards, setting="SHARDS"),
-            given.pretrained,
+            hub.resolve(given.pretrained, setting="--pretrained"),
             given.out,
             EncodeSettings(
                 resolution=given.resolution,

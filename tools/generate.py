@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from soar_mega import hub
 from soar_mega.backends.torch import TorchBackend
 from soar_mega.checkpoint.importer import find_weights, load_weights, read_transformer_config
 from soar_mega.checkpoint.store import read_extra
@@ -39,10 +40,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "model",
-        type=Path,
         metavar="MODEL",
-        help="a diffusers pipeline folder, a checkpoint of ours, or a run folder (its newest "
-        "checkpoint); a checkpoint's text encoders and VAE come from its model.pretrained",
+        help="a diffusers pipeline folder, owner/name@COMMIT of the hub, a checkpoint of ours, or "
+        "a run folder (its newest checkpoint); a checkpoint's text encoders and VAE come from its "
+        "model.pretrained",
     )
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument(
@@ -91,17 +92,18 @@ def _parser() -> argparse.ArgumentParser:
 def _draw(args: argparse.Namespace, prompts: list[str]) -> None:
     mesh = Mesh.single("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if mesh.device.type == "cuda" else torch.float32
-    checkpoint = find_weights(args.model)
+    source = hub.resolve(args.model, setting="MODEL")
+    checkpoint = find_weights(source)
     if checkpoint is None:
-        base: Path = args.model
-        record: dict[str, Any] = {"transformer": read_transformer_config(args.model)}
+        base = source
+        record: dict[str, Any] = {"transformer": read_transformer_config(source)}
     else:
         record = read_extra(checkpoint)["model"]
-        base = Path(record["pretrained"])
+        base = hub.resolve(record["pretrained"], setting="the checkpoint's model.pretrained")
     config = MMDiTConfig.from_diffusers(record["transformer"])
     encoders = FrozenEncoders.load(base, device=mesh.device, dtype=dtype)
     model = MMDiTStage(config, mesh, TorchBackend()).to(dtype).eval()
-    load_weights(args.model, [model], mesh, args.weights)
+    load_weights(source, [model], mesh, args.weights)
 
     factor = encoders.downsampling
     height, width = (

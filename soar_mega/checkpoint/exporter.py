@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from soar_mega import hub
 from soar_mega.checkpoint import store
 from soar_mega.checkpoint.diffusers_map import POSITION, Entry, mapping
 from soar_mega.checkpoint.errors import CheckpointError, listing
@@ -42,7 +43,8 @@ def export(
     Args:
         checkpoint: A checkpoint, or a run folder (its newest checkpoint).
         out: Where to; must be absent or empty. It appears complete or not at all.
-        base: Diffusers folder for the rest of the pipeline; None: the one the checkpoint names.
+        base: Diffusers folder, or ``owner/name@COMMIT`` of the hub, for the rest of the pipeline;
+            None: the one the checkpoint names.
         weights: ``ema`` or ``plain``.
         transformer_only: Write the transformer alone, right into ``out``, for
             ``SD3Transformer2DModel.from_pretrained``.
@@ -67,8 +69,8 @@ def export(
     weights = kind_of(extra, weights)
     config = _transformer_config(extra, checkpoint)
     sources = _sources(state, config, weights, checkpoint)
-    base = Path(base or extra["model"]["pretrained"])
-    parts = [] if transformer_only else _pipeline_parts(base)
+    base = base or str(extra["model"]["pretrained"])
+    parts = [] if transformer_only else _pipeline_parts(_resolve(base))
 
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     transformer = temporary if transformer_only else temporary / "transformer"
@@ -86,6 +88,13 @@ def export(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return out
+
+
+def _resolve(base: Path | str) -> Path:
+    try:
+        return hub.resolve(base, setting="the base")
+    except hub.HubError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _transformer_config(extra: Mapping[str, Any], checkpoint: Path) -> MMDiTConfig:

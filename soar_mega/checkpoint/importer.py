@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from soar_mega import hub
 from soar_mega.checkpoint import store
 from soar_mega.checkpoint.agree import on_rank_0
 from soar_mega.checkpoint.boxes import BoxedTensor
@@ -198,6 +199,12 @@ def find_weights(source: Path | str) -> Path | None:
         if (source / marker).exists():
             read_transformer_config(source)
             return None
+    if not source.exists() and (hub.parse(source) or hub.HUB_NAME.fullmatch(str(source))):
+        raise CheckpointError(
+            f"{source} does not exist: a folder was expected. To start from a model of the Hugging "
+            "Face hub, name it in model.pretrained and its commit in model.revision, with "
+            "model.init = pretrained"
+        )
     return store.find(source)
 
 

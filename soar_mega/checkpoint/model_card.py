@@ -8,14 +8,18 @@ from typing import Any
 
 
 def model_card(
-    extra: Mapping[str, Any], checkpoint: Path, base: Path, weights: str, transformer_only: bool
+    extra: Mapping[str, Any],
+    checkpoint: Path,
+    base: Path | str,
+    weights: str,
+    transformer_only: bool,
 ) -> str:
     """Markdown with the lineage recorded in a checkpoint.
 
     Args:
         extra: The checkpoint's ``trainer.json``.
         checkpoint: Its folder.
-        base: The diffusers folder that the rest of the pipeline comes from.
+        base: The diffusers folder or hub model that the rest of the pipeline comes from.
         weights: ``ema`` or ``plain``.
         transformer_only: Whether the folder holds the transformer alone.
     """

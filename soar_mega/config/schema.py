@@ -10,6 +10,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from soar_mega import hub
 from soar_mega.config.data import DataConfig
 from soar_mega.config.objective import FlowMatchingConfig, SoarConfig
 from soar_mega.config.section import Section, Text, Texts, broken_rule
@@ -29,7 +30,11 @@ class ModelConfig(Section):
     """Where architecture and starting weights come from."""
 
     pretrained: Text = Field(
-        description="diffusers folder: architecture, VAE, text encoders, tokenizers, scheduler."
+        description="diffusers folder or hub model (owner/name): architecture, VAE, text encoders, "
+        "tokenizers, scheduler."
+    )
+    revision: Text | None = Field(
+        None, description="Commit (40 hex digits) of a hub model; null: pretrained is a folder."
     )
     init: Literal["pretrained", "random"] = Field(
         "pretrained", description="Start from that folder's transformer weights, or fresh ones."
@@ -40,6 +45,32 @@ class ModelConfig(Section):
     init_from_weights: Literal["ema", "plain"] = Field(
         "ema", description="Which weights of init_from."
     )
+
+    @property
+    def source(self) -> str:
+        """``pretrained`` as ``soar_mega.hub`` takes it: a folder, or ``owner/name@COMMIT``."""
+        return self.pretrained if self.revision is None else f"{self.pretrained}@{self.revision}"
+
+    @model_validator(mode="after")
+    def _a_hub_model_has_a_commit(self) -> Self:
+        if self.revision is None:
+            return self
+        keys = ("model.revision", "model.pretrained")
+        if not hub.HUB_NAME.fullmatch(self.pretrained):
+            raise broken_rule(
+                f"model.revision = {self.revision} is for models of the Hugging Face hub, but "
+                f"model.pretrained = {self.pretrained} is no hub name (owner/name): set "
+                "model.revision to null, or name a hub model",
+                *keys,
+            )
+        if not hub.COMMIT.fullmatch(self.revision):
+            raise broken_rule(
+                f"model.revision = {self.revision} must be a whole commit, 40 hex digits as "
+                f"https://huggingface.co/{self.pretrained}/commits/main shows them: a branch or a "
+                "tag may move between processes and between restarts",
+                *keys,
+            )
+        return self
 
 
 class ParallelConfig(Section):

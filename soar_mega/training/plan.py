@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
+from soar_mega import hub
 from soar_mega.checkpoint.importer import read_transformer_config
 from soar_mega.config import Config, ConfigError
 from soar_mega.config.data import RESOLUTION_STEP
@@ -227,7 +228,7 @@ def make_plan(config: Config, gpus: int, gpu: Gpu, efficiency: float = EFFICIENC
 
     Args:
         config: The configuration; of ``model.pretrained`` only ``transformer/config.json`` has to
-            be there.
+            be there; of a hub model no weights are downloaded.
         gpus: Processes of the run, one a GPU.
         gpu: Whose memory and rates count.
         efficiency: Share of the peak at which FLOPs are done, 0 to 1.
@@ -239,7 +240,8 @@ def make_plan(config: Config, gpus: int, gpu: Gpu, efficiency: float = EFFICIENC
         raise ConfigError(f"--gpus = {gpus} must be at least 1")
     if not 0 < efficiency <= 1:
         raise ConfigError(f"--efficiency = {efficiency} must be above 0 and at most 1")
-    pretrained, parallel = config.model.pretrained, config.parallel
+    parallel = config.parallel
+    pretrained = hub.resolve(config.model.source, setting="model.pretrained", weights=False)
     architecture = MMDiTConfig.from_diffusers(read_transformer_config(pretrained))
     data_size = checked_data_size(config, architecture, gpus)
     check_resolution(config.data, architecture)

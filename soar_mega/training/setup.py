@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from soar_mega import hub
 from soar_mega.backends.torch import TorchBackend
 from soar_mega.checkpoint.importer import (
     ancestors,
@@ -57,6 +58,7 @@ def timeout_of(config: Config) -> timedelta:
 class Checked:
     """What was found out before any process group, weight or encoder was touched."""
 
+    folder: Path  # of model.pretrained
     architecture: MMDiTConfig
     data: TrainingData
     validation_index: ShardIndex | None
@@ -66,16 +68,19 @@ class Checked:
 def check(config: Config, process: ProcessEnvironment) -> Checked:
     """Everything that can be refused without talking to other ranks; the same on all of them.
 
+    A model of the hub is downloaded here, by one process of each machine.
+
     Raises:
         ConfigError, ValueError: The first problem found, naming setting, value, rule and fix.
     """
-    check_folder(config.model.pretrained)
-    architecture = MMDiTConfig.from_diffusers(read_transformer_config(config.model.pretrained))
+    folder = hub.resolve(config.model.source, setting="model.pretrained")
+    check_folder(folder)
+    architecture = MMDiTConfig.from_diffusers(read_transformer_config(folder))
     check_layout(config, architecture, process.world_size)
     check_resolution(config.data, architecture)
     data = open_training_data(
         config.data,
-        config.model.pretrained,
+        str(folder),
         seed=config.run.seed,
         group_size=config.group_size,
     )
@@ -90,12 +95,11 @@ def check(config: Config, process: ProcessEnvironment) -> Checked:
                 f"{len(validation_index)} samples: lower it or add shards"
             )
         if validation_index.encoded:
-            pretrained = config.model.pretrained
             validation_set = open_encoded(
-                validation_index, config.data, pretrained, setting=setting
+                validation_index, config.data, str(folder), setting=setting
             )
     _check_run_folder(config, process)  # last: what is refused leaves no folder behind
-    return Checked(architecture, data, validation_index, validation_set)
+    return Checked(folder, architecture, data, validation_index, validation_set)
 
 
 def _check_run_folder(config: Config, process: ProcessEnvironment) -> None:
@@ -215,10 +219,10 @@ def build(config: Config, checked: Checked, device: torch.device) -> Run:
         parallel.pipeline_model_parallel_size,
     )
     selection = find(config, mesh)
-    facts, encoders = ModelFacts.read(config.model.pretrained), None
+    facts, encoders = ModelFacts.read(checked.folder), None
     if _needs_encoders(config, checked):
         encoders = FrozenEncoders.load(
-            config.model.pretrained, device=device, dtype=DTYPES[config.precision.compute_dtype]
+            checked.folder, device=device, dtype=DTYPES[config.precision.compute_dtype]
         )
     shift = config.objective.shift if config.objective.shift is not None else facts.shift
     objective = make_objective(config.objective, shift=shift, seed=config.run.seed)
@@ -232,7 +236,7 @@ def build(config: Config, checked: Checked, device: torch.device) -> Run:
     )
     stages = _own_stages(config, checked.architecture, facts, mesh, schedule.step.placement)
     resuming = selection.path is not None
-    lineage = [] if resuming else _starting_weights(config, stages, mesh)
+    lineage = [] if resuming else _starting_weights(config, checked.folder, stages, mesh)
     parameters = ShardedParameters(
         stages,
         mesh,
@@ -298,7 +302,7 @@ def _own_stages(
 
 
 def _starting_weights(
-    config: Config, stages: Sequence[MMDiTStage], mesh: Mesh
+    config: Config, folder: Path, stages: Sequence[MMDiTStage], mesh: Mesh
 ) -> list[dict[str, Any]]:
     """Fill the stages by the ``model`` section; returns the ancestors to record, newest first."""
     model = config.model
@@ -308,5 +312,6 @@ def _starting_weights(
         for stage in stages:
             initialise(stage, config.run.seed)
         return [{"fresh weights": f"seed {config.run.seed}"}]
-    load_diffusers_transformer(model.pretrained, stages, mesh)
-    return ancestors(model.pretrained)
+    load_diffusers_transformer(folder, stages, mesh)
+    here, *older = ancestors(folder)
+    return [{**here, "pretrained": hub.recorded(model.source)}, *older]

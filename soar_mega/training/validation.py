@@ -133,7 +133,7 @@ class Validation:
                     run.stepper.pipeline.forward_everywhere,
                     TextCondition(self._prompts.text_BTE[own], self._prompts.pooled_BV[own]),
                     run.feed.empty,
-                    Path(run.config.model.pretrained) / "scheduler",
+                    run.checked.folder / "scheduler",
                     latents_BCHW=start_noise(own, shape, mesh.device),
                     num_inference_steps=self.settings.num_inference_steps,
                     guidance_scale=self.settings.guidance_scale,

@@ -14,12 +14,13 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "soar_mega"
 
 # Room -> rooms it may import, besides itself and the COMMON ones.
-COMMON = {"rng", "passes"}
+COMMON = {"rng", "passes", "hub"}
 BELOW_TRAINING = {"config", "objectives", "parallel", "backends", "model", "pipeline", "data"}
 BELOW_TRAINING |= {"checkpoint", "sampling"}
 ALLOWED: dict[str, set[str]] = {
     "rng": set(),
     "passes": set(),
+    "hub": set(),
     "config": set(),
     "objectives": set(),
     "parallel": set(),
