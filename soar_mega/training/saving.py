@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from soar_mega import hub
 from soar_mega.checkpoint import store
 from soar_mega.checkpoint.boxes import BoxedTensor
 from soar_mega.checkpoint.checkpointer import Checkpointer
@@ -113,8 +114,7 @@ class Saver:
             "step": step,
             "optimizer_updates": self._stepper.optimizer.step,
             "model": {
-                # Absolute, so that converters find it from any working directory.
-                "pretrained": str(Path(config.model.pretrained).resolve()),
+                "pretrained": hub.recorded(config.model.source),
                 "transformer": self._stepper.architecture.to_diffusers(),
                 "max_sequence_length": config.data.max_sequence_length,
             },
