@@ -83,20 +83,23 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
     return [name for name in before if not torch.equal(before[name], after[name])]
 
 
-def three_steps(tiny: Tiny, folder: Path, objective: str, what: Poison, more: list[str]) -> Any:
-    """A good step, one with poison on the last rank alone, a good one."""
+def four_steps(tiny: Tiny, folder: Path, objective: str, what: Poison, more: list[str]) -> Any:
+    """Two good steps, one with poison on the last rank alone, a good one.
+
+    Two, because after one update the EMA is the weights, and folding them in changes nothing.
+    """
     run = start(tiny.config(objective, folder, *overrides(tiny, *more)))
     stepper, last_rank = run.stepper, run.mesh.rank == run.mesh.world_size - 1
     seen = []
-    with poisoned(what, {2}, here=last_rank):
-        for step in range(3):
+    with poisoned(what, {3}, here=last_rank):
+        for step in range(4):
             before = everything(stepper)
             values = stepper.run(step, run.feed.load(step))
             change = changed(before, everything(stepper))
             seen.append((values, change, run.health.problem, run.health.state()))
-            if step == 0:  # as many accepted steps as a median needs
+            if step == 1:  # as many accepted steps as a median needs
                 state = run.health.state()
-                state["accepted"] = {k: v * FEWEST for k, v in state["accepted"].items()}
+                state["accepted"] = {k: v[:1] * FEWEST for k, v in state["accepted"].items()}
                 stepper.health = Health.from_state(state, run.config.train)
     run.feed.close()
     return seen
@@ -115,7 +118,7 @@ def work_on_two(tiny: Tiny, folder: Path) -> dict[str, Any]:
     for layout, (objective, more) in LAYOUTS.items():
         for what in POISONS if layout == "data" else POISONS[::2]:
             name = f"{layout}, {what}"
-            done[name] = three_steps(tiny, folder / name, objective, what, more)
+            done[name] = four_steps(tiny, folder / name, objective, what, more)
     steps = ("train.max_train_steps=5", "checkpoint.checkpointing_steps=3")
     with poisoned("nan sample", {3}, here=rank == 1):
         train(tiny.config("sft", folder / "whole", *overrides(tiny, *steps)))
@@ -143,12 +146,12 @@ def test_all_ranks_skip_one_rank_s_bad_step(case: str, on_two: tuple[Path, list[
         everything_there = ["weights", "master", "ema", "exp_avg", "exp_avg_sq", "updates"]
         for number, (values, change, problem, _) in enumerate(steps):
             assert values["optim/lr"] > 0
-            assert change == ([] if number == 1 else everything_there), number
-            assert (problem is None) == (number != 1), problem
+            assert change == ([] if number == 2 else everything_there), number
+            assert (problem is None) == (number != 2), problem
     for one, other in zip(*results, strict=True):
         assert repr(one[0]) == repr(other[0]), "the same metrics on every rank"
         assert one[2:] == other[2:]
-    values, _, problem, state = results[0][1]
+    values, _, problem, state = results[0][2]
     finite_loss = math.isfinite(values["train/loss"])
     assert finite_loss == (not case.endswith("nan sample"))
     if "nan" in case or "inf" in case:
@@ -195,7 +198,7 @@ def test_a_run_that_is_sick_ends(
     healthy = checkpoint(tmp_path, 2)
     for word in ("train.max_skipped_steps = 2", "train/loss is nan", f"checkpoint, {healthy}, "):
         assert word in shown.err
-    for setting in ("optimizer.learning_rate (now 0.0001)", "lr_warmup", "logging.sample_ids"):
+    for setting in ("optimizer.learning_rate (now ", "lr_warmup", "logging.sample_ids"):
         assert setting in shown.err
     assert saved_steps(tmp_path) == ["step-00000001", "step-00000002"]
     assert skipped(tmp_path) == [0, 0, 1, 2, 3]
