@@ -56,27 +56,17 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
     """``function(*arguments)`` on ``world_size`` new processes with a gloo default group.
 
     ``function`` must be importable (module level) and return something ``torch.save`` can write.
-    A world of one is this process itself.
+    The processes have this one's environment and working directory, and nothing else of it. A world
+    of one is this process itself.
 
     Raises:
         AssertionError: A rank failed (its traceback is the message) or did not end in time.
     """
-    return _run(multiprocessing.get_context("spawn"), world_size, function, arguments)
-
-
-def run_warm_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """The same on processes of the ``warm_context``."""
-    return _run(warm_context(), world_size, function, arguments)
-
-
-def _run(
-    context: BaseContext, world_size: int, function: Callable[..., Any], arguments: tuple[Any, ...]
-) -> list[Any]:
     if world_size == 1:
         return [function(*arguments)]
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            context.Process(  # type: ignore[attr-defined]
+            warm_context().Process(  # type: ignore[attr-defined]
                 target=_enter,
                 args=(rank, world_size, folder, dict(os.environ), function, arguments),
             )

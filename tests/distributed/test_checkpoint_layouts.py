@@ -24,7 +24,7 @@ from soar_mega.config import Config
 from soar_mega.parallel.layout import local_slice, real_part
 from soar_mega.pipeline.schedules import SCHEDULES
 from soar_mega.training.setup import Run
-from tests.distributed.harness import run_warm_ranks
+from tests.distributed.harness import run_ranks
 from tests.runs import (
     SIZES,
     Tiny,
@@ -139,12 +139,12 @@ def assert_loaded(run: Run, tensors: dict[str, Tensor]) -> None:
 
 def assert_goes_on(case: Case, tiny: Tiny, folder: Path) -> None:
     one, other = folder / "a", folder / "b"
-    run_warm_ranks(case.a.world, train, case.config(tiny, case.a, one))
+    run_ranks(case.a.world, train, case.config(tiny, case.a, one))
     saved, last = (checkpoint(one, step) for step in (case.saved, case.saved + MORE_STEPS))
     config = case.config(tiny, case.b, other, f"checkpoint.resume={saved}")
     tensors = folder / "saved.pt"
     torch.save(state(saved), tensors)
-    run_warm_ranks(case.b.world, go_on, config, case.saved, tensors)
+    run_ranks(case.b.world, go_on, config, case.saved, tensors)
     assert_same_metrics(metrics(other), metrics(one)[case.saved :])
     assert_same_state(state(checkpoint(other, case.saved + MORE_STEPS)), state(last))
 
@@ -201,6 +201,20 @@ SOME = [
 @pytest.mark.parametrize("case", SOME, ids=range(len(SOME)))
 def test_some_layouts(case: Case, deep: Tiny, tmp_path: Path) -> None:
     assert_goes_on(case, deep, tmp_path)
+
+
+def test_bf16_weights_are_those_of_the_masters(deep: Tiny, tmp_path: Path) -> None:
+    """In fp32 a lone data rank computes with the master weights' own memory; in bf16 not, so what
+    is loaded must reach the weights too. Layouts are compared in fp32: bf16 rounds them apart."""
+    case, bf16 = Case(Layout(), Layout()), "precision.compute_dtype=bf16"
+    train(case.config(deep, Layout(), tmp_path / "a", bf16))
+    saved = checkpoint(tmp_path / "a", case.saved)
+    resume = f"checkpoint.resume={saved}"
+    tensors = state(saved)
+    train(
+        case.config(deep, Layout(micro=2), tmp_path / "b", bf16, resume),
+        lambda run: assert_loaded(run, tensors),
+    )
 
 
 def divisors(number: int, most: int) -> list[int]:
