@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from soar_mega.checkpoint.errors import CheckpointError
-from soar_mega.checkpoint.exporter import export
+from soar_mega.checkpoint.exporter import export, export_single_file
 from soar_mega.checkpoint.safetensors_files import MAX_SHARD_BYTES
 from soar_mega.training.verify_export import verify_export
 
@@ -24,6 +24,8 @@ examples:
   # a certain checkpoint's plain weights in bf16, the transformer alone
   python tools/convert_to_diffusers.py runs/sft/checkpoints/step-00000500 exports/t \\
       --weights plain --dtype bf16 --transformer-only
+  # one file for ComfyUI
+  python tools/convert_to_diffusers.py runs/sft exports/sft.safetensors --single-file --dtype bf16
 
 OUT gets transformer/ from the checkpoint and every other part of the pipeline from the base, with a
 README.md that says where the weights come from. The checkpoint's hashes are compared first. Weights
@@ -68,6 +70,12 @@ def main(arguments: list[str] | None = None) -> None:
         "only if that loses no bit",
     )
     parser.add_argument(
+        "--single-file",
+        action="store_true",
+        help="write the transformer as one .safetensors file, OUT, in the key layout in which SD3 "
+        "was first published (ComfyUI and SD3Transformer2DModel.from_single_file read it)",
+    )
+    parser.add_argument(
         "--max-shard-size",
         type=float,
         default=MAX_SHARD_BYTES / 1e9,
@@ -83,15 +91,18 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     dtype = _DTYPES[args.dtype] if args.dtype else None
     try:
-        out = export(
-            args.checkpoint,
-            args.out,
-            base=args.base,
-            weights=args.weights,
-            transformer_only=args.transformer_only,
-            dtype=dtype,
-            max_shard_bytes=int(args.max_shard_size * 1e9),
-        )
+        if args.single_file:
+            out = export_single_file(args.checkpoint, args.out, args.weights, dtype)
+        else:
+            out = export(
+                args.checkpoint,
+                args.out,
+                base=args.base,
+                weights=args.weights,
+                transformer_only=args.transformer_only,
+                dtype=dtype,
+                max_shard_bytes=int(args.max_shard_size * 1e9),
+            )
         print(f"wrote {out}")
         if args.verify:
             difference = verify_export(args.checkpoint, out, args.weights, dtype)

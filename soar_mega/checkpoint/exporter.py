@@ -21,11 +21,12 @@ from soar_mega import hub
 from soar_mega.checkpoint import store
 from soar_mega.checkpoint.diffusers_map import POSITION, Entry, mapping
 from soar_mega.checkpoint.errors import CheckpointError, listing
-from soar_mega.checkpoint.importer import Weights, kind_of
-from soar_mega.checkpoint.model_card import model_card
+from soar_mega.checkpoint.importer import LINEAGE, Weights, kind_of
+from soar_mega.checkpoint.model_card import lineage_record, model_card
+from soar_mega.checkpoint.original_map import original_keys
 from soar_mega.checkpoint.raw_tensors import regions
 from soar_mega.checkpoint.safetensors_files import MAX_SHARD_BYTES, StreamWriter
-from soar_mega.checkpoint.synced import sync_folder
+from soar_mega.checkpoint.synced import sync_folder, write_json
 from soar_mega.model.config import MMDiTConfig
 
 
@@ -62,11 +63,7 @@ def export(
     checkpoint, out = store.find(checkpoint), Path(out).resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists and is not empty: choose another folder or remove it")
-    damage = store.verify(checkpoint)
-    if damage:
-        raise CheckpointError(f"the checkpoint {checkpoint} is damaged:" + listing("files", damage))
-    state, extra = store.StateReader(checkpoint), store.read_extra(checkpoint)
-    weights = kind_of(extra, weights)
+    state, extra, weights = _open(checkpoint, weights)
     config = _transformer_config(extra, checkpoint)
     sources = _sources(state, config, weights, checkpoint)
     base = base or str(extra["model"]["pretrained"])
@@ -83,6 +80,7 @@ def export(
         _write_weights(transformer, state, sources, dtype, max_shard_bytes)
         card = model_card(extra, checkpoint, base, weights, transformer_only)
         (temporary / "README.md").write_text(card)
+        write_json(transformer / LINEAGE, lineage_record(extra, checkpoint, weights))
         temporary.rename(out)
         sync_folder(out.parent)
     finally:
@@ -95,6 +93,77 @@ def _resolve(base: Path | str) -> Path:
         return hub.resolve(base, setting="the base")
     except hub.HubError as error:
         raise CheckpointError(str(error)) from error
+
+
+def export_single_file(
+    checkpoint: Path | str,
+    out: Path | str,
+    weights: Weights = "ema",
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write the transformer as one file in the key layout SD3 was first published in.
+
+    Args:
+        checkpoint, weights, dtype: See ``export``.
+        out: The ``.safetensors`` file; must be absent. It appears complete or not at all.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        CheckpointError: As ``export``.
+    """
+    checkpoint, out = store.find(checkpoint), Path(out).resolve()
+    if out.exists() or out.suffix != ".safetensors":
+        raise CheckpointError(f"{out} must be the name of a .safetensors file that does not exist")
+    state, extra, weights = _open(checkpoint, weights)
+    config = _transformer_config(extra, checkpoint)
+    stored = {entry.name: name for name, entry in _sources(state, config, weights, checkpoint)}
+    table = _position_dtype(state, dtype)
+    keys = original_keys(config)
+    plan = {
+        key: (
+            original.shape,
+            table if original.name == POSITION else dtype or state.dtypes[stored[original.name]],
+        )
+        for key, original in keys.items()
+    }
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with StreamWriter(temporary, plan, single=True) as writer:
+            for key, original in keys.items():
+                name = stored[original.name]
+                for region in _in_file_order(state.shapes[name], original.swapped, state, name):
+                    writer.write(key, state.read(name, region).to(plan[key][1]))
+        temporary.rename(out)
+        sync_folder(out.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return out
+
+
+def _in_file_order(
+    shape: tuple[int, ...], swapped: bool, state: store.StateReader, name: str
+) -> Iterator[tuple[slice, ...]]:
+    """Regions of a stored tensor, in the order in which the file has their elements."""
+    itemsize = state.dtypes[name].itemsize
+    if not swapped:
+        yield from regions(shape, itemsize)
+        return
+    half = shape[0] // 2
+    for start in (half, 0):
+        for first, *rest in regions((half, *shape[1:]), itemsize):
+            yield (slice(first.start + start, first.stop + start), *rest)
+
+
+def _open(checkpoint: Path, weights: Weights) -> tuple[store.StateReader, dict[str, Any], Weights]:
+    """Reader, ``trainer.json`` and the kind of weights of a checkpoint whose files are whole."""
+    damage = store.verify(checkpoint)
+    if damage:
+        raise CheckpointError(f"the checkpoint {checkpoint} is damaged:" + listing("files", damage))
+    extra = store.read_extra(checkpoint)
+    return store.StateReader(checkpoint), extra, kind_of(extra, weights)
 
 
 def _transformer_config(extra: Mapping[str, Any], checkpoint: Path) -> MMDiTConfig:

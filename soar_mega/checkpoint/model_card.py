@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from soar_mega.checkpoint.manifest import identity
+
 
 def model_card(
     extra: Mapping[str, Any],
@@ -29,9 +31,12 @@ def model_card(
         "trained from": extra["model"]["pretrained"],
         "max_sequence_length (T5 tokens)": extra["model"].get("max_sequence_length"),
         **({} if transformer_only else {"rest of the pipeline": str(base)}),
-        **extra.get("lineage", {}),
+        **{k: v for k, v in extra.get("lineage", {}).items() if k != "parents"},
     }
-    rows = [f"| {key} | {_cell(value)} |" for key, value in facts.items() if value is not None]
+    rows = _rows(facts)
+    ancestors = extra.get("lineage", {}).get("parents", [])
+    for number, ancestor in enumerate(ancestors, 1):
+        rows += [f"| **ancestor {number}** | |", *_rows(ancestor)]
     kind = "SD3Transformer2DModel" if transformer_only else "StableDiffusion3Pipeline"
     return "\n".join(
         [
@@ -55,6 +60,23 @@ def model_card(
             "",
         ]
     )
+
+
+def lineage_record(extra: Mapping[str, Any], checkpoint: Path, weights: str) -> dict[str, Any]:
+    """What an export carries, so that a run that starts from it knows all its ancestors.
+
+    Args:
+        extra: The checkpoint's ``trainer.json``.
+        checkpoint: Its folder.
+        weights: ``ema`` or ``plain``.
+    """
+    record = {"parents": [], **extra.get("lineage", {})}
+    here = {"weights": weights, "checkpoint": checkpoint.name, "hash": identity(checkpoint)}
+    return {**record, **here}
+
+
+def _rows(facts: Mapping[str, Any]) -> list[str]:
+    return [f"| {_cell(key)} | {_cell(value)} |" for key, value in facts.items() if value]
 
 
 def _cell(value: object) -> str:

@@ -309,6 +309,8 @@ def write(
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     name = "rank-00000.safetensors"
+    if temporary.exists():  # of a call that was killed
+        shutil.rmtree(temporary)
     try:
         (temporary / "state").mkdir(parents=True)
         file = DataFile(temporary / "state" / name, plan, algorithm)

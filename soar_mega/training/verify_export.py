@@ -6,6 +6,8 @@ Legend for shapes: B samples, C channels, H height, W width.
 from __future__ import annotations
 
 import gc
+import json
+import tempfile
 from pathlib import Path
 
 import torch
@@ -17,7 +19,6 @@ from soar_mega.checkpoint.errors import CheckpointError
 from soar_mega.checkpoint.importer import (
     Weights,
     load_checkpoint_weights,
-    read_transformer_config,
     transformer_folder,
 )
 from soar_mega.model.config import MMDiTConfig
@@ -39,7 +40,7 @@ def verify_export(
 
     Args:
         checkpoint, weights: What was exported.
-        out: The folder.
+        out: The folder, or the single file.
         dtype: What the weights were cast to, if they were.
 
     Returns:
@@ -48,11 +49,12 @@ def verify_export(
     Raises:
         CheckpointError: It is more than ``TOLERANCE``.
     """
-    config = MMDiTConfig.from_diffusers(read_transformer_config(out))
+    checkpoint = store.find(checkpoint)
+    config = MMDiTConfig.from_diffusers(store.read_extra(checkpoint)["model"]["transformer"])
     x = _inputs(config)
-    theirs_BCHW = _diffusers_forward(transformer_folder(out), x)
+    theirs_BCHW = _diffusers_forward(Path(out), config, x)
     gc.collect()
-    ours_BCHW = _our_forward(store.find(checkpoint), config, weights, dtype, x)
+    ours_BCHW = _our_forward(checkpoint, config, weights, dtype, x)
     difference = float((ours_BCHW - theirs_BCHW).abs().max() / theirs_BCHW.abs().max())
     if not difference <= TOLERANCE:
         raise CheckpointError(
@@ -75,10 +77,22 @@ def _inputs(config: MMDiTConfig) -> ModelInput:
 
 
 @torch.no_grad()
-def _diffusers_forward(folder: Path, x: ModelInput) -> Tensor:
+def _diffusers_forward(out: Path, config: MMDiTConfig, x: ModelInput) -> Tensor:
     from diffusers import SD3Transformer2DModel
 
-    model = SD3Transformer2DModel.from_pretrained(folder, torch_dtype=torch.float32)
+    if out.is_file():
+        with tempfile.TemporaryDirectory() as folder:
+            content = {**config.to_diffusers(), "_class_name": "SD3Transformer2DModel"}
+            Path(folder, "config.json").write_text(json.dumps(content))
+            # Offline: left to itself, diffusers asks the hub for a published model's config.
+            model = SD3Transformer2DModel.from_single_file(
+                str(out), config=folder, torch_dtype=torch.float32, local_files_only=True
+            )
+    else:
+        model = SD3Transformer2DModel.from_pretrained(
+            transformer_folder(out), torch_dtype=torch.float32
+        )
+    model = model.float()  # from_pretrained leaves the position table's module as stored
     velocity_BCHW: Tensor = model(
         hidden_states=x.latent_BCHW,
         encoder_hidden_states=x.condition.text_BTE,

@@ -22,6 +22,7 @@ from soar_mega.checkpoint.boxes import BoxedTensor
 from soar_mega.checkpoint.errors import CheckpointError
 from soar_mega.checkpoint.exporter import export
 from soar_mega.checkpoint.importer import (
+    ancestors,
     load_diffusers_transformer,
     load_weights,
     read_transformer_config,
@@ -84,7 +85,12 @@ def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     load_diffusers_transformer(base, [stage], mesh)
     extra = {
         "model": {"pretrained": str(base), "transformer": stage.config.to_diffusers()},
-        "lineage": {"run": "tiny-sft", "step": 5, "objective": "flow_matching", "parent": None},
+        "lineage": {
+            "run": "tiny-sft",
+            "step": 5,
+            "objective": "flow_matching",
+            "parents": [{"run": "tiny-pretrain", "step": 9, "hash": "x"}, {"pretrained": "tiny"}],
+        },
     }
     folder = tmp_path_factory.mktemp("run")
     store.save(folder / "checkpoints", 5, as_tensors(stage, mesh), extra, mesh)
@@ -112,14 +118,21 @@ def test_export_opens_in_diffusers_and_equals_what_was_saved(
         return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
 
     assert files(out) == files(base) - {"original_weights_nobody_asked_for.safetensors"} | {
-        "README.md"
+        "README.md",
+        "transformer/soar_mega_lineage.json",
     }
     for name in files(base) & files(out):
         if not name.startswith("transformer/diffusion"):
             assert (out / name).read_text("latin-1") == (base / name).read_text("latin-1"), name
     card = (out / "README.md").read_text()
     assert "| objective | flow_matching |" in card and "| checkpoint | step-00000005 |" in card
-    assert "parent" not in card
+    assert "| **ancestor 1** | |\n| run | tiny-pretrain |\n| step | 9 |" in card
+    assert "| **ancestor 2** | |\n| pretrained | tiny |" in card and "parents" not in card
+    # A run that starts from the export knows them all.
+    newest, *older = ancestors(out)
+    assert (newest["run"], newest["step"], newest["weights"]) == ("tiny-sft", 5, "plain")
+    assert newest["hash"] == store.identity(run / "checkpoints" / "step-00000005")
+    assert [one.get("run") for one in older] == ["tiny-pretrain", None]
     assert not list(tmp_path.glob(".export*"))
 
 
@@ -159,7 +172,7 @@ def test_weights_come_back_from_run_checkpoint_and_export(
     for source in (run, run / "checkpoints" / "step-00000005", alone):
         stage = new_stage(base)
         record = load_weights(source, [stage], mesh, "ema")
-        assert ("checkpoint" in record[0]) == (source != alone)
+        assert ("pretrained" in record[0]) == (source == alone)
         stages.append(stage.state_dict())
     for other in stages[1:]:
         assert all(torch.equal(stages[0][key], other[key]) for key in stages[0])
