@@ -54,6 +54,7 @@ def refusal(path: Path, *overrides: str) -> str:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_config_of_the_repository_loads(path: Path) -> None:
     overrides = ["run.dir=out", "objective.name=flow_matching", "train.max_train_steps=5"]
+    overrides += ["train.micro_batch_size=2", "train.global_batch_size=8"]
     config = load_config(path, overrides if path.stem.endswith("_base") else [])
     if path.stem.startswith("tiny"):
         assert config.precision.compute_dtype == "fp32"
@@ -66,6 +67,18 @@ def test_tiny_sft_and_tiny_soar_differ_in_the_objective_only() -> None:
     assert sft.pop("objective") != soar["objective"]
     assert soar.pop("objective")["name"] == "soar"
     assert sft == soar
+
+
+@pytest.mark.parametrize("model", ["medium", "large"])
+def test_each_stage_of_a_chain_starts_from_the_one_before(model: str) -> None:
+    pretrain, sft, soar = (
+        load_config(CONFIGS / f"sd35_{model}_{stage}.yaml") for stage in ("pretrain", "sft", "soar")
+    )
+    assert (pretrain.model.init, pretrain.model.init_from) == ("random", None)
+    assert sft.model.init_from == pretrain.run.dir
+    assert soar.model.init_from == sft.run.dir
+    names = [config.objective.name for config in (pretrain, sft, soar)]
+    assert names == ["flow_matching", "flow_matching", "soar"]
 
 
 def test_starting_points_of_the_tiny_configs() -> None:

@@ -118,6 +118,22 @@ def test_ranks_hold_the_published_parameters(
     assert PUBLISHED[name] / tensor <= local < PUBLISHED[name] / tensor * 1.02
 
 
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "soar"])
+@pytest.mark.parametrize("model", ["medium", "large"])
+def test_each_stage_of_the_chain_fits_the_gpus_its_files_name(
+    model: str, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    path = ROOT / "configs" / f"sd35_{model}_{stage}.yaml"
+    named = re.search(r"for (\d+) GPUs \((\w+) or H200\)", path.read_text())
+    assert named is not None
+    plan = make_plan(load_config(path), int(named[1]), GPUS[named[2]])
+    assert sum(rank.parameters for rank in plan.ranks) == PUBLISHED[f"sd35_{model}"]
+    # The rest is for encoders (T5 takes 10 GB), the CUDA context and the allocator's gaps.
+    assert max(memory.peak for memory in plan.memory) < 0.6 * plan.gpu.memory * 1e9
+    assert plan.utilisation > 0.2
+
+
 def test_rank_parameters_are_those_of_the_real_stages(small: Path) -> None:
     parallel = {"pipeline_model_parallel_size": 2, "pipeline_schedule": "zero_bubble_v"}
     plan = plan_of(small, 2, parallel=parallel)
