@@ -217,9 +217,8 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary, "convert")
         found = measure_converters(args.architecture, args.repeats, folder)
-    print(
-        f"{args.architecture.name}, {found['bytes'] / 1e9:.2f} GB in bf16; bit-equal after both, by way of tensor 2 x pipeline 2"
-    )
+    size = found["bytes"] / 1e9
+    print(f"{args.architecture.name}, {size:.2f} GB in bf16; bit-equal by way of another layout")
     for name, seconds in found["median_seconds"].items():
         line = f"  {name:<24}{seconds:>8.1f} s"
         if name in found["peak_bytes"]:

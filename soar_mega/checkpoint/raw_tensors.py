@@ -17,7 +17,9 @@ from torch import Tensor
 
 from soar_mega.checkpoint.errors import CheckpointError, listing
 
-PIECE = 32 * 2**20  # bytes read, hashed or written at once
+PIECE = 32 * 2**20  # bytes of a tensor that are in memory at once
+# Bytes of one call that writes: measured on ext4, calls of 32 MiB take 4 to 7 times as long.
+CALL = 2**20
 _SHORT_RUN = 2**16  # below this it is cheaper to read what lies between two runs, too
 CODES = {
     torch.float64: "F64",
@@ -88,7 +90,7 @@ def write_all(file: BinaryIO, data: Any) -> int:
     """Write a buffer of bytes to an unbuffered file; returns how many there were."""
     left = memoryview(data)
     while left:
-        left = left[file.write(left) :]
+        left = left[file.write(left[:CALL]) :]
     return len(memoryview(data))
 
 

@@ -22,9 +22,9 @@ from torch import Tensor
 from soar_mega.checkpoint.errors import CheckpointError
 from soar_mega.checkpoint.hashing import new_hash
 from soar_mega.checkpoint.raw_tensors import (
+    CALL,
     CODES,
     DTYPES,
-    PIECE,
     as_bytes,
     header,
     read_box,
@@ -154,8 +154,8 @@ class DataFile:
         self._put(memoryview(as_bytes(tensor.detach().cpu().contiguous())))
 
     def _put(self, data: memoryview) -> None:
-        for start in range(0, len(data), PIECE):
-            piece = data[start : start + PIECE]
+        for start in range(0, len(data), CALL):
+            piece = data[start : start + CALL]
             self._hash.update(piece)
             self.written += write_all(self._file, piece)
 
