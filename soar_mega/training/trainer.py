@@ -15,6 +15,7 @@ from soar_mega.checkpoint import store
 from soar_mega.checkpoint.diffusers_map import POSITION, mapping
 from soar_mega.config import Config, ConfigError, dump_yaml
 from soar_mega.launch.environment import ProcessEnvironment
+from soar_mega.parallel.errors import waiting_for
 from soar_mega.pipeline.recorder import Recorder
 from soar_mega.telemetry.flops import (
     forward_flops,
@@ -68,12 +69,28 @@ def train(config: Config) -> bool:
         raise ConfigError(str(error)) from error
     try:
         finished = _loop(run, process)
+    except SickRunError:
+        _end_together()
+        raise
     finally:
         run.feed.close()
+    if not finished:
+        _end_together()
     # Not after an error: the others may never come, and the message must not wait for them.
     if dist.is_initialized():
         dist.destroy_process_group()
     return finished
+
+
+def _end_together() -> None:
+    """Wait for all ranks before an end that is not 0; each of them must be about to end so.
+
+    torchrun kills the others when the first one is gone, and rank 0 has its tracker to close and
+    the reason to tell.
+    """
+    if dist.is_initialized():
+        with waiting_for("every other process, to end together"):
+            dist.barrier()
 
 
 def _agree(problem: str | None) -> None:

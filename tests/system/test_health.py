@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +24,7 @@ from soar_mega.training.step import Stepper
 from tests.distributed.harness import run_ranks
 from tests.poison import Poison, poisoned
 from tests.runs import (
+    REPOSITORY,
     Tiny,
     assert_same_state,
     checkpoint,
@@ -213,6 +217,27 @@ def test_a_run_that_is_sick_from_the_start(
     error = capsys.readouterr().err
     assert "optim/grad_norm is inf" in error and "no checkpoint to go back to" in error
     assert saved_steps(tmp_path) == []
+
+
+def test_the_real_command_on_two(tiny: Tiny, tmp_path: Path) -> None:
+    """Nothing is patched: a rate at which the first update breaks the weights."""
+    more = ("optimizer.learning_rate=1e30", "optimizer.lr_warmup_steps=0")
+    more += ("train.max_skipped_steps=1", "train.max_train_steps=9")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = tiny.arguments("sft", tmp_path, *overrides(tiny, *more))
+    done = subprocess.run(
+        [sys.executable, *launcher, "-m", "soar_mega.train", *arguments],
+        cwd=REPOSITORY,
+        env={k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("error: step 3 is skipped, number 2 in a row") == 1, done.stderr
+    assert "exitcode  : 93" in done.stderr
+    assert skipped(tmp_path) == [0, 1, 2] and saved_steps(tmp_path) == []
 
 
 @pytest.fixture
