@@ -21,6 +21,9 @@ class Retention:
         last: The newest so many, at least one; None keeps all.
         every: Those of steps that this divides; None: no such rule.
         best: The one with the lowest recorded validation loss.
+
+    The newest one that was saved after an accepted step stays in any case: one saved amid skipped
+    steps may have the reason in it.
     """
 
     last: int | None = None
@@ -32,6 +35,7 @@ class Retention:
         if self.last is None:
             return set(paths)
         kept = set(paths[-max(self.last, 1) :])
+        kept |= set([path for path in paths if _healthy(path)][-1:])
         if self.every is not None:
             kept |= {path for path in paths if step_of(path) % self.every == 0}
         if self.best:
@@ -48,6 +52,14 @@ def validation_loss(path: Path) -> float | None:
     except (OSError, ValueError, AttributeError):
         return None
     return loss if isinstance(loss, float) and math.isfinite(loss) else None
+
+
+def _healthy(path: Path) -> bool:
+    try:
+        health = json.loads((path / TRAINER).read_text()).get("health")
+        return health is None or health.get("skipped_in_a_row") == 0
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def retain(root: Path, retention: Retention) -> list[str]:

@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from soar_mega.training import health as health_module
-from soar_mega.training import saving, trainer
 from soar_mega.training.health import FEWEST, Health
 from soar_mega.training.requests import SAVE_NOW, STOP_NOW
+from soar_mega.training.saving import Saver
 from soar_mega.training.step import Stepper
 from tests.distributed.harness import run_ranks
 from tests.poison import Poison, poisoned
@@ -240,27 +240,8 @@ def test_the_real_command_on_two(tiny: Tiny, tmp_path: Path) -> None:
     assert skipped(tmp_path) == [0, 1, 2] and saved_steps(tmp_path) == []
 
 
-@pytest.fixture
-def health_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checkpoints keep ``Health.state``."""
-    save, store_save = saving.save, saving.store.save
-
-    def saving_health(stepper: Stepper, *rest: Any) -> Path:
-        def with_health(
-            root: Any, step: int, tensors: Any, extra: Any, *more: Any, **k: Any
-        ) -> Any:
-            extra = {**extra, "health": stepper.health.state()}
-            return store_save(root, step, tensors, extra, *more, **k)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(saving.store, "save", with_health)
-            return save(stepper, *rest)
-
-    monkeypatch.setattr(saving, "save", saving_health)
-
-
 def test_resumed_skips_as_unbroken(
-    tiny: Tiny, tmp_path: Path, health_recorded: None, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The spike comes when the resumed process alone has seen too few steps to know it for one."""
     monkeypatch.setattr(health_module, "FEWEST", 4)
@@ -280,7 +261,7 @@ def test_resumed_skips_as_unbroken(
 
 
 def test_the_end_comes_while_steps_are_skipped(
-    tiny: Tiny, tmp_path: Path, health_recorded: None, capsys: pytest.CaptureFixture[str]
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A stop and the last step save all the same, and what comes after knows how it stood."""
     more = ("train.max_train_steps=5", "train.max_skipped_steps=2")
@@ -369,11 +350,11 @@ def test_the_file_stays_until_the_checkpoint_is_there(
 ) -> None:
     """A save that fails leaves the request for the next start."""
 
-    def fail(*arguments: Any) -> Path:
+    def fail(*arguments: Any) -> None:
         assert (tmp_path / SAVE_NOW).exists()
         raise OSError("no space left")
 
-    monkeypatch.setattr(trainer.saving, "save", fail)
+    monkeypatch.setattr(Saver, "save", fail)
     arguments = tiny.arguments("sft", tmp_path, *overrides(tiny))
     with after_step({SAVE_NOW: 1}, tmp_path), pytest.raises(OSError, match="no space left"):
         command(arguments)

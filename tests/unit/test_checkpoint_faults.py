@@ -201,6 +201,14 @@ def test_retention_rules_add_up(tmp_path: Path) -> None:
     assert steps(tmp_path) == [4, 6, 8, 9]  # of equally good ones the newer
 
 
+def test_the_last_healthy_one_stays(tmp_path: Path) -> None:
+    for step, row in ((1, 0), (2, 0), (3, 1), (4, 2)):
+        saved(tmp_path, step, Retention(1), health={"skipped_in_a_row": row})
+    assert steps(tmp_path) == [2, 4]
+    saved(tmp_path, 5, Retention(1), health={"skipped_in_a_row": 0})
+    assert steps(tmp_path) == [5]
+
+
 def test_what_cannot_be_deleted_stays_and_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
