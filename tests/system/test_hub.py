@@ -273,8 +273,10 @@ def test_a_run_from_a_hub_model_records_name_and_commit_and_exports(
     )
     assert done.returncode == 0, done.stderr
     path = checkpoint(tmp_path / "run", 1)
-    assert trainer_record(path)["lineage"]["parents"] == [{"pretrained": SOURCE}]
-    out = export(path, tmp_path / "out", base=SOURCE)
+    record = trainer_record(path)
+    assert record["lineage"]["parents"] == [{"pretrained": SOURCE}]
+    assert record["model"]["pretrained"] == SOURCE
+    out = export(path, tmp_path / "out")
     assert (out / "vae" / "config.json").read_bytes() == (
         tiny.pretrained / "vae" / "config.json"
     ).read_bytes()

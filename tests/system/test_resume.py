@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from soar_mega.checkpoint import store
+from soar_mega.checkpoint.hashing import hash_file
+from soar_mega.checkpoint.manifest import read_manifest
+from soar_mega.checkpoint.synced import write_json
 from soar_mega.config import Config
 from tests.distributed.harness import run_ranks
 from tests.runs import (
@@ -339,3 +344,104 @@ def test_more_steps_and_another_rate_are_the_same_run(
     more = ("checkpoint.resume=latest", "train.max_train_steps=7", "optimizer.learning_rate=3e-4")
     assert command(tiny.arguments("sft", tmp_path, *overrides(tiny), *more)) == 0
     assert [line["step"] for line in metrics(tmp_path)] == [7]
+
+
+def test_a_damaged_newest_one_is_passed_over(
+    tiny: Tiny, tmp_path: Path, unbroken: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its steps are done again from the one before; by its path it is refused."""
+    for step in (STOP, STEPS):
+        copy_checkpoint(checkpoint(unbroken["sft"], step), tmp_path)
+    damaged = checkpoint(tmp_path, STEPS)
+    file = damaged / "state" / "rank-00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+    arguments = tiny.arguments("sft", tmp_path, *overrides(tiny))
+    assert command([*arguments, f"checkpoint.resume={damaged}"]) == 78
+    assert "rank-00000.safetensors: another hash" in capsys.readouterr().err
+    assert command([*arguments, "checkpoint.resume=latest"]) == 0
+    shown = capsys.readouterr().out
+    aside = damaged.with_name(f"{damaged.name}.damaged-1")
+    for words in (
+        f"passed over: checkpoint {damaged} is damaged",
+        f"resumed from {checkpoint(tmp_path, STOP)} at step {STOP}",
+        f"set aside, as its steps are done again: {aside}",
+    ):
+        assert words in shown
+    assert_same_state(checkpoint(tmp_path, STEPS), checkpoint(unbroken["sft"], STEPS))
+
+
+def test_latest_with_nothing_there(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A start that is logged, or an error where a fresh start is not wanted."""
+    one = "train.max_train_steps=1"
+    arguments = tiny.arguments("sft", tmp_path / "run", one, "checkpoint.resume=latest")
+    assert command([*arguments, "checkpoint.allow_fresh=false"]) == 78
+    message = capsys.readouterr().err
+    assert "holds no checkpoint and checkpoint.allow_fresh is false" in message
+    assert command(arguments) == 0
+    assert "holds no checkpoint: starting fresh" in capsys.readouterr().out
+    assert command([*arguments, "checkpoint.allow_fresh=false"]) == 0
+
+
+@pytest.mark.parametrize("survived", [False, True])
+def test_a_full_disk(
+    survived: bool,
+    tiny: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The second of three saves fails: the run ends, or goes on to the third."""
+    original = store.write_manifest
+
+    def sometimes_full(folder: Path, step: int, *rest: Any) -> None:
+        if step == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(folder, step, *rest)
+
+    monkeypatch.setattr(store, "write_manifest", sometimes_full)
+    arguments = tiny.arguments(
+        "sft",
+        tmp_path,
+        "train.max_train_steps=3",
+        "checkpoint.checkpointing_steps=1",
+        f"checkpoint.max_failed_saves={int(survived)}",
+    )
+    assert command(arguments) == (0 if survived else 1)
+    shown = capsys.readouterr()
+    text = shown.out if survived else shown.err
+    assert "No space left on device" in text and "bytes are missing" in text
+    steps = [path.name for path in store.committed(tmp_path / "checkpoints")]
+    assert steps == ["step-00000001", *(["step-00000003"] if survived else [])]
+    assert not list((tmp_path / "checkpoints").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("key", ["step", "optimizer_updates", "run", "data", "lineage"])
+def test_a_record_that_lacks_something_is_refused(
+    key: str,
+    tiny: Tiny,
+    tmp_path: Path,
+    unbroken: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With hashes that agree, as of another version; a lost data position can be given up."""
+    path = copy_checkpoint(checkpoint(unbroken["sft"], STOP), tmp_path)
+    record = trainer_record(path)
+    del record[key]
+    write_json(path / "trainer.json", record)
+    manifest = read_manifest(path)
+    file = path / "trainer.json"
+    entry = file.stat().st_size, hash_file(file, manifest.algorithm)
+    files = {**manifest.files, "trainer.json": entry}
+    store.write_manifest(path, STOP, files, manifest.algorithm)
+    arguments = tiny.arguments("sft", tmp_path, *overrides(tiny), "checkpoint.resume=latest")
+    assert command(arguments) == 78
+    message = capsys.readouterr().err
+    if key == "data":
+        assert "checkpoint.reset_data = true" in message
+        assert command([*arguments, "checkpoint.reset_data=true"]) == 0
+    else:
+        assert f"trainer.json does not say {key}" in message

@@ -316,6 +316,14 @@ def test_wrong_value_names_key_value_rule_and_origin(
         ),
         (["validation.validation_steps=5"], "needs validation.shards"),
         (["validation.image_steps=5"], "needs validation.prompts"),
+        (
+            ["checkpoint.checkpointing_steps=40", "checkpoint.keep_every_steps=100"],
+            "are never saved; use 120",
+        ),
+        (
+            ["checkpoint.checkpointing_steps=40", "checkpoint.keep_best=true"],
+            "validation.validation_steps = None must divide checkpoint.checkpointing_steps = 40",
+        ),
     ],
 )
 def test_rules_between_keys(minimal: Path, overrides: list[str], expected: str) -> None:
