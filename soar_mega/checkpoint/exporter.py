@@ -24,7 +24,7 @@ from soar_mega.checkpoint.errors import CheckpointError, listing
 from soar_mega.checkpoint.importer import LINEAGE, Weights, kind_of
 from soar_mega.checkpoint.model_card import lineage_record, model_card
 from soar_mega.checkpoint.original_map import original_keys
-from soar_mega.checkpoint.raw_tensors import regions
+from soar_mega.checkpoint.raw_tensors import read_ahead, regions
 from soar_mega.checkpoint.safetensors_files import MAX_SHARD_BYTES, StreamWriter
 from soar_mega.checkpoint.synced import sync_folder, write_json
 from soar_mega.model.config import MMDiTConfig
@@ -241,10 +241,14 @@ def _write_weights(
         kept = table if entry.name == POSITION else dtype or state.dtypes[name]
         plan.update({key: (entry.key_shape, kept) for key in entry.keys})
     with StreamWriter(folder, plan, max_shard_bytes) as writer:
-        for name, entry in sources:
-            for number, key in enumerate(entry.keys):
-                for piece in _pieces(state, name, entry, number):
-                    writer.write(key, piece.to(plan[key][1]))
+        pieces = (
+            (key, piece)
+            for name, entry in sources
+            for number, key in enumerate(entry.keys)
+            for piece in _pieces(state, name, entry, number)
+        )
+        for key, piece in read_ahead(pieces):
+            writer.write(key, piece.to(plan[key][1]))
 
 
 def _pieces(state: store.StateReader, name: str, entry: Entry, number: int) -> Iterator[Tensor]:

@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
-from typing import Any, BinaryIO
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from torch import Tensor
 
 from soar_mega.checkpoint.errors import CheckpointError, listing
+
+T = TypeVar("T")
 
 PIECE = 32 * 2**20  # bytes of a tensor that are in memory at once
 # Bytes of one call that writes: measured on ext4, calls of 32 MiB take 4 to 7 times as long.
@@ -84,6 +87,16 @@ def regions(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[slice, ...]
     for start in range(0, shape[0], rows):
         rest = (slice(0, size) for size in shape[1:])
         yield (slice(start, min(start + rows, shape[0])), *rest)
+
+
+def read_ahead(pieces: Iterable[T]) -> Iterator[T]:
+    """The same pieces, the next of which is read while the caller writes one."""
+    source = iter(pieces)
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(next, source, None)
+        while (piece := coming.result()) is not None:
+            coming = reader.submit(next, source, None)
+            yield piece
 
 
 def write_all(file: BinaryIO, data: Any) -> int:

@@ -44,6 +44,7 @@ from soar_mega.checkpoint.folders import (
 )
 from soar_mega.checkpoint.hashing import HashAlgorithm, hash_file
 from soar_mega.checkpoint.manifest import TRAINER, check, identity, verify, write_manifest
+from soar_mega.checkpoint.raw_tensors import read_ahead
 from soar_mega.checkpoint.retention import Retention, retain
 from soar_mega.checkpoint.state_files import (
     INDEX,
@@ -315,7 +316,7 @@ def write(
         (temporary / "state").mkdir(parents=True)
         file = DataFile(temporary / "state" / name, plan, algorithm)
         try:
-            for part in parts:
+            for part in read_ahead(parts):
                 file.write(part)
             files = {f"state/{name}": file.close()}
         finally:
