@@ -294,7 +294,7 @@ def test_damaged_health_is_refused(
     with after_step({STOP_NOW: 1}, tmp_path):
         assert command(arguments) == 93
     record = trainer_record(checkpoint(tmp_path, 1)) | {"health": {"skipped_steps": 0}}
-    monkeypatch.setattr("soar_mega.training.setup.store.read_extra", lambda path: record)
+    monkeypatch.setattr("soar_mega.training.resuming.store.read_extra", lambda path: record)
     assert command([*arguments, "checkpoint.resume=latest"]) == 78
     error = capsys.readouterr().err
     assert f"error: checkpoint.resume = {checkpoint(tmp_path, 1)}: the recorded health" in error
