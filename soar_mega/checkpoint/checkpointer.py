@@ -79,11 +79,10 @@ class Checkpointer:
         self, step: int, tensors: Mapping[str, BoxedTensor], extra: Mapping[str, Any]
     ) -> None:
         try:
-            self._saved.append(
-                store.save(
-                    self.root, step, tensors, extra, self._peers, self._retention, self._algorithm
-                )
+            saved = store.save(
+                self.root, step, tensors, extra, self._peers, self._retention, self._algorithm
             )
+            self._saved.append(saved)  # looked up only now: ``finished`` swaps the list meanwhile
         except BaseException as error:  # of a thread, which has nobody else to tell
             self._error = error
 

@@ -5,7 +5,6 @@ A single process that only some refuse would leave the others waiting in the mid
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -16,6 +15,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from soar_mega.checkpoint.hashing import hash_file
+from soar_mega.checkpoint.manifest import read_manifest, write_manifest
 from soar_mega.config import Config
 from soar_mega.training.feed import Feed
 from tests.distributed.harness import run_ranks
@@ -94,10 +95,9 @@ def folder(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rewrite(path: Path, data: bytes) -> None:
     """Another ``trainer.json``, as somebody who knows of the manifest would put it there."""
     (path / "trainer.json").write_bytes(data)
-    manifest = json.loads((path / "manifest.json").read_text())
-    entry = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    manifest["files"]["trainer.json"] = entry
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    files = dict(read_manifest(path).files)
+    files["trainer.json"] = (len(data), hash_file(path / "trainer.json", "xxh3-128"))
+    write_manifest(path, 1, files, "xxh3-128")
 
 
 def differing(tiny: Tiny, folder: Path, rank: int) -> dict[str, tuple[Config, Path]]:

@@ -65,6 +65,7 @@ def test_what_is_saved_is_the_state_at_the_call(
         for tensor in (weights, padded, half):
             tensor.fill_(-1)
         assert not store.committed(tmp_path) or step == 2
+        assert checkpointer.finished() == []  # asked while the thread is in the middle of it
         go.set()
         checkpointer.settle()
         path = tmp_path / f"step-{step:08d}"
