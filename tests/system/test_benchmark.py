@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from soar_mega.training import benchmark_data
+from tests.runs import Tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -92,3 +93,15 @@ def test_data_refuses_a_side_with_other_pixels(
     monkeypatch.setattr(benchmark_data, "to_model_range", lambda pixels: real(pixels) + 0.1)
     with pytest.raises(RuntimeError, match="ours, PIL: pixels differ"):
         benchmark_data.measure_pictures(case, (96, 72), 1, tmp_path)
+
+
+def test_saving_in_the_background_and_at_once(tmp_path: Path) -> None:
+    record = record_of(tmp_path, "checkpoint", "--million-parameters", "5")
+    assert record["hardware"]
+    assert {"at once", "in the background"} <= record["median"]["stall_s"].keys()
+
+
+def test_converters_are_bit_equal_by_way_of_another_layout(tiny: Tiny, tmp_path: Path) -> None:
+    """The benchmark itself compares every byte, and fails where one differs."""
+    record = record_of(tmp_path, "convert", "--architecture", str(tiny.pretrained))
+    assert record["bit_equal_through_tensor_and_pipeline_parallel"] == [2, 2]
