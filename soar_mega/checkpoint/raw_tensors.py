@@ -21,8 +21,8 @@ from soar_mega.checkpoint.errors import CheckpointError, listing
 T = TypeVar("T")
 
 PIECE = 32 * 2**20  # bytes of a tensor that are in memory at once
-# Bytes of one call that writes. Measured on ext4 (Linux 6.18): 4 GiB in calls of 64 KiB cost 1.2 s of
-# the kernel's time, of 1 MiB 2.5 s, of 32 MiB several times more.
+# Bytes of one call that writes. Measured on ext4 (Linux 6.18): 4 GiB in calls of 64 KiB cost 1.2 s
+# of the kernel's time, of 1 MiB 2.5 s, of 32 MiB several times more.
 CALL = 2**16
 _SHORT_RUN = 2**16  # below this it is cheaper to read what lies between two runs, too
 CODES = {
