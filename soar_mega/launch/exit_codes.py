@@ -1,8 +1,8 @@
 """What a run's exit code means to whoever started it, above all a job script.
 
 The exit code of ``srun`` or torchrun says little: srun gives the highest one of all tasks, and that
-of a peer killed on the way out (137) is above all of these; torchrun makes every code a 1. So rank 0
-writes its own code into the file that ``SOAR_MEGA_EXIT_CODE_FILE`` names, as its last act. A run
+of a peer killed on the way out (137) is above all of these; torchrun makes every code a 1. So rank
+0 writes its own code into the file that ``SOAR_MEGA_EXIT_CODE_FILE`` names, as its last act. A run
 that leaves no file has crashed.
 """
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
-# USR1 is what `sbatch --signal=USR1@300` sends, USR2 the same where a library wants USR1 for itself.
+# USR1 is what `sbatch --signal=USR1@300` sends, USR2 the same where a library wants USR1 itself.
 # TERM is Slurm's before KILL (KillWait), INT a person's Ctrl-C.
 ASKING = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 LEAD_VARIABLE = "SOAR_MEGA_SIGNAL_LEAD_S"

@@ -25,7 +25,7 @@ from soar_mega.config.schema import WatchdogConfig
 
 Phase = Literal["start", "step", "validation", "save"]
 FOLDER = "stacks"
-GRACE_S = 15.0
+GRACE_S = 15.0  # between the stacks and the end
 
 
 class Watchdog:
@@ -35,19 +35,16 @@ class Watchdog:
         settings: Limits in minutes.
         folder: Stacks go to ``<folder>/stacks``.
         rank: Of this process.
-        grace_s: Seconds between the stacks and the end.
     """
 
-    def __init__(
-        self, settings: WatchdogConfig, folder: Path, rank: int, grace_s: float = GRACE_S
-    ) -> None:
+    def __init__(self, settings: WatchdogConfig, folder: Path, rank: int) -> None:
         self._limits: dict[Phase, float] = {
             "start": settings.start_minutes,
             "step": settings.step_minutes,
             "validation": settings.validation_minutes,
             "save": settings.save_minutes,
         }
-        self._folder, self._rank, self._grace_s = folder / FOLDER, rank, grace_s
+        self._folder, self._rank = folder / FOLDER, rank
         self._phase: Phase = "start"
         self._since = time.monotonic()
         self._changed = threading.Condition()
@@ -77,7 +74,7 @@ class Watchdog:
             self._phase, self._since = phase, time.monotonic()
             limit_s = 60 * self._limits[phase]
             self._changed.notify()
-        faulthandler.dump_traceback_later(limit_s + self._grace_s, exit=True, file=2)
+        faulthandler.dump_traceback_later(limit_s + GRACE_S, exit=True, file=2)
 
     def alive(self) -> None:
         """The main thread got on within its phase."""
@@ -102,8 +99,7 @@ class Watchdog:
         lead = f"rank {self._rank} on {socket.gethostname()}: no sign of life in {limit}"
         try:
             sys.stderr.write(
-                f"error: {lead}; stacks of its threads: {path}. The process ends in "
-                f"{self._grace_s:g} s\n"
+                f"error: {lead}; stacks of its threads: {path}. The process ends in {GRACE_S:g} s\n"
             )
             sys.stderr.flush()
             self._folder.mkdir(parents=True, exist_ok=True)

@@ -59,6 +59,16 @@ def ended(run: Run, agreed: Agreed, done: int) -> str:
     )
 
 
+def short_lead(lead_s: float, step_s: float, save_s: float) -> str:
+    """The job's signal comes too late to save."""
+    return (
+        f"warning: the job's signal comes {lead_s:g} s before its end, but a step took up to "
+        f"{step_s:.1f} s and a checkpoint {save_s:.1f} s: use sbatch --signal=USR1@"
+        f"{math.ceil(1.5 * (step_s + save_s))} or more, else what was done since the last "
+        "checkpoint is lost"
+    )
+
+
 def beginning(run: Run) -> list[str]:
     """What is trained, on how many processes, and where it goes on from."""
     mesh, config = run.mesh, run.config

@@ -14,7 +14,7 @@ from soar_mega.checkpoint.agree import on_rank_0
 from soar_mega.config import Config, ConfigError
 from soar_mega.data.errors import TooManyBadSamplesError
 from soar_mega.launch.environment import ProcessEnvironment
-from soar_mega.launch.signals import Signals
+from soar_mega.launch.signals import Signals, signal_lead
 from soar_mega.launch.watchdog import Watchdog
 from soar_mega.pipeline.recorder import Recorder
 from soar_mega.telemetry.flops import (
@@ -140,7 +140,7 @@ def _loop(run: Run, process: ProcessEnvironment, signals: Signals, watchdog: Wat
             return "stopped" if agreed.stop else "interrupted"
         validation = Validation(run)
         flops = training_factor(config.objective) * _sample_flops(run)
-        save_due = False
+        save_due, slowest_s, lead_s = False, 0.0, signal_lead(os.environ)
         for step in range(run.done_steps, last):
             watchdog.enter("step")
             began = time.perf_counter()
@@ -170,6 +170,7 @@ def _loop(run: Run, process: ProcessEnvironment, signals: Signals, watchdog: Wat
             reporter.step(done, metrics)
             if health.exhausted:
                 raise SickRunError(notes.sick(run, done))
+            since_last_look = time.perf_counter() - began
             agreed = requests.agree(failed=saver.failed, leave=signals.received is not None)
             leaving = (agreed.stop or agreed.leave) and done < last
             watchdog.enter("save")
@@ -185,6 +186,11 @@ def _loop(run: Run, process: ProcessEnvironment, signals: Signals, watchdog: Wat
             elif save_due:
                 reporter.note("a checkpoint is due and waits for an accepted step")
             reporter.note(*saver.notes())
+            if step > run.done_steps:  # the first step warms up
+                slowest_s = max(slowest_s, since_last_look)
+            if lead_s is not None and slowest_s + saver.slowest_s > lead_s:
+                reporter.note(notes.short_lead(lead_s, slowest_s, saver.slowest_s))
+                lead_s = None
             if validation.pictures_due(done) and not agreed.leave:  # who has to go is in a hurry
                 watchdog.enter("validation")
                 reporter.picture(done, validation.pictures(done))
