@@ -7,17 +7,38 @@ import os
 import sys
 
 from soar_mega.config import ConfigError, describe_keys, dump_yaml, load_config
-
-EXIT_CONFIG_ERROR = 78
-EXIT_DO_NOT_RESTART = 93
+from soar_mega.launch.exit_codes import (
+    CONFIG_ERROR,
+    DO_NOT_RESTART,
+    DONE,
+    FAILED,
+    REQUEUE,
+    is_first_process,
+    write_exit_code,
+)
+from soar_mega.launch.signals import Signals
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 1 failed, 78 configuration or inputs cannot work, 93 do not restart.
+    """Exit code: 0 done, 1 failed, 75 saved after a signal and to be started again, 78
+    configuration or inputs cannot work, 93 do not restart.
 
-    93 means that a chain of jobs must not go on by itself: too many steps had to be skipped, so
-    that the same start would fail in the same way, or somebody asked the run to stop.
+    93 means that a chain of jobs must not go on by itself: the same start would fail in the same
+    way (too many steps skipped, too many bad samples, crashes from the same step), or somebody
+    asked the run to stop.
     """
+    # Before anything that takes time: a signal that nobody listens to kills the process.
+    signals = Signals()
+    signals.listen()
+    try:
+        code = _run(argv, signals)
+    finally:
+        signals.close()
+    write_exit_code(code, os.environ)
+    return code
+
+
+def _run(argv: list[str] | None, signals: Signals) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m soar_mega.train",
         description="Pretrain, fine-tune or SOAR-train an SD3-family MMDiT.",
@@ -42,35 +63,35 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(arguments.config, arguments.overrides)
         if arguments.print_config:
             print(dump_yaml(config), end="")
-            return 0
+            return DONE
     except ConfigError as error:
-        return _fail(error, EXIT_CONFIG_ERROR)
+        return _fail(error, CONFIG_ERROR)
     # torch and the model libraries take seconds to import; a typo is told before.
     from soar_mega.checkpoint.errors import CheckpointError
-    from soar_mega.data.errors import DataError
+    from soar_mega.data.errors import DataError, TooManyBadSamplesError
     from soar_mega.parallel.errors import PeerError
     from soar_mega.training.health import SickRunError
+    from soar_mega.training.starts import StuckRunError
     from soar_mega.training.trainer import train
 
     try:
-        finished = train(config)
+        outcome = train(config, signals)
     except ConfigError as error:
-        return _fail(error, EXIT_CONFIG_ERROR)
-    except SickRunError as error:
-        return _fail(error, EXIT_DO_NOT_RESTART)
+        return _fail(error, CONFIG_ERROR)
+    except (SickRunError, StuckRunError, TooManyBadSamplesError) as error:
+        return _fail(error, DO_NOT_RESTART)
     except CheckpointError as error:
-        return _fail(error, 1)
+        return _fail(error, FAILED)
     except PeerError as error:  # each rank names what it was waiting for
-        return _fail(error, 1, everywhere=True)
+        return _fail(error, FAILED, everywhere=True)
     except DataError as error:  # one rank's sample: the others have not heard of it
-        return _fail(error, 1, everywhere=True)
-    return 0 if finished else EXIT_DO_NOT_RESTART
+        return _fail(error, FAILED, everywhere=True)
+    return {"finished": DONE, "stopped": DO_NOT_RESTART, "interrupted": REQUEUE}[outcome]
 
 
 def _fail(error: Exception, code: int, *, everywhere: bool = False) -> int:
     """Print the message, on rank 0 alone where every rank has the same; returns the exit code."""
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    if rank == "0" or everywhere:
+    if everywhere or is_first_process(os.environ):
         print(f"error: {error}", file=sys.stderr, flush=True)
     return code
 

@@ -22,6 +22,8 @@ from soar_mega.config import Config, load_config
 from soar_mega.data.tiny import digits
 from soar_mega.data.tiny.pipeline import TinySizes, make_tiny, write_shards
 from soar_mega.launch.environment import ProcessEnvironment
+from soar_mega.launch.signals import Signals
+from soar_mega.launch.watchdog import Watchdog
 from soar_mega.parallel.layout import layout_of, local_slice, real_part
 from soar_mega.parallel.mesh import Mesh
 from soar_mega.telemetry.metrics import read_metrics
@@ -133,7 +135,8 @@ def train(config: Config, begun: Callable[[Run], None] | None = None) -> None:
         try:
             if begun is not None:
                 begun(run)
-            trainer._loop(run, place())
+            with Watchdog(config.watchdog, Path(config.run.dir), run.mesh.rank) as watchdog:
+                trainer._loop(run, place(), Signals(), watchdog)
         finally:
             run.feed.close()
 

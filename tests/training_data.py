@@ -17,6 +17,7 @@ from torch import Tensor
 
 from soar_mega.config import Config, ConfigError
 from soar_mega.data.errors import DataError
+from soar_mega.launch.signals import Signals
 from soar_mega.passes import LossTerms, MicroBatch
 from soar_mega.training import step as step_module
 from soar_mega.training import trainer
@@ -184,7 +185,7 @@ def refusal_at_start(config: Config) -> str:
         patch.setattr(trainer, "start_processes", lambda *arguments: None)
         patch.setattr(trainer, "ProcessEnvironment", Environment)
         with pytest.raises(ConfigError) as caught:
-            trainer.train(config)
+            trainer.train(config, Signals())
     return str(caught.value)
 
 

@@ -15,7 +15,7 @@ import json
 import sys
 
 from soar_mega.config import ConfigError, load_config
-from soar_mega.train import EXIT_CONFIG_ERROR
+from soar_mega.launch.exit_codes import CONFIG_ERROR
 from soar_mega.training.plan import EFFICIENCY, make_plan
 from soar_mega.training.plan_table import summary, table
 from soar_mega.training.plan_times import GPUS, gpu_named
@@ -47,7 +47,7 @@ def main() -> int:
         text = json.dumps(summary(plan), indent=2) if arguments.json else table(plan)
     except (ConfigError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_CONFIG_ERROR
+        return CONFIG_ERROR
     print(text)
     return 0
 

@@ -147,6 +147,12 @@ class TrainConfig(Section):
     max_skipped_steps: int = Field(
         10, ge=0, description="Steps in a row that may be skipped; one more ends the run."
     )
+    max_starts_without_progress: int = Field(
+        3,
+        ge=1,
+        description="With checkpoint.resume = latest: crashes in a row from the same step after "
+        "which the run is not started again.",
+    )
     ema_decay: float = Field(0.999, ge=0, lt=1, description="Decay of the averaged weights.")
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         "none", description="Which activations to recompute in the backward."
@@ -232,6 +238,17 @@ class LoggingConfig(Section):
     )
 
 
+class WatchdogConfig(Section):
+    """Longest time without a sign of life; then stacks are written and the process ends."""
+
+    start_minutes: float = Field(60.0, gt=0, description="Until the first step.")
+    step_minutes: float = Field(20.0, gt=0, description="One step, its data and its report.")
+    validation_minutes: float = Field(
+        20.0, gt=0, description="One microbatch of the validation loss, or one picture grid."
+    )
+    save_minutes: float = Field(60.0, gt=0, description="One checkpoint.")
+
+
 class ValidationConfig(Section):
     """Validation loss at fixed timesteps with fixed noise, and a picture grid."""
 
@@ -287,6 +304,9 @@ class Config(Section):
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="Saving and resuming.")
     logging: LoggingConfig = Field(LoggingConfig(), description="What is reported.")
     validation: ValidationConfig = Field(ValidationConfig(), description="Validation.")
+    watchdog: WatchdogConfig = Field(
+        WatchdogConfig(), description="Longest time without a sign of life."
+    )
 
     @model_validator(mode="after")
     def _the_best_is_known(self) -> Self:

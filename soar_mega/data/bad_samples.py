@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from soar_mega.data.errors import BAD_KINDS, DataError
+from soar_mega.data.errors import BAD_KINDS, DataError, TooManyBadSamplesError
 
 # A rate of fewer samples than this says little: one bad picture among the first eight is 12 %.
 _LEAST_SAMPLES = 1000
@@ -61,14 +61,14 @@ class BadSampleCount:
             bad_K: Of the global batch, by ``BAD_KINDS``.
 
         Raises:
-            DataError: There are too many.
+            TooManyBadSamplesError: There are too many.
         """
         self.seen += samples
         for kind, number in zip(BAD_KINDS, bad_K.tolist(), strict=True):
             self.by_kind[kind] += int(number)
         if self.total > self._max_rate * max(self.seen, _LEAST_SAMPLES):
             kinds = ", ".join(f"{n} {kind}" for kind, n in self.by_kind.items() if n)
-            raise DataError(
+            raise TooManyBadSamplesError(
                 f"data.max_bad_rate = {self._max_rate:g}: {self.total} of the run's {self.seen} "
                 f"samples could not be used ({kinds}), more than that share of "
                 f"{max(self.seen, _LEAST_SAMPLES)}. They are listed in {self._folder}. Repair the "

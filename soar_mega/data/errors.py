@@ -19,6 +19,10 @@ class DataError(ValueError):
     """Training data that cannot be used; the message names what, where, the rule and the fix."""
 
 
+class TooManyBadSamplesError(DataError):
+    """More of a run's samples cannot be used than may be; raised on every rank alike."""
+
+
 class BadSampleError(DataError):
     """One sample that cannot be used while the rest of its set can.
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import soar_mega
 from soar_mega.launch.environment import ProcessEnvironment
-from soar_mega.telemetry.files import put_aside
+from soar_mega.telemetry.files import put_aside, write_whole
 
 FILE_NAME = "env.json"
 PACKAGES = (
@@ -73,10 +73,8 @@ def write_environment(
     }
     path = Path(run_dir) / FILE_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     put_aside(path)
-    partial.replace(path)
+    write_whole(path, json.dumps(record, indent=2) + "\n")
     return path
 
 

@@ -1,7 +1,8 @@
-"""Files of a run that a later start must not overwrite."""
+"""Files of a run that a later start must not overwrite, or must not find half written."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 
@@ -13,3 +14,14 @@ def put_aside(path: Path) -> None:
     while (target := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
         number += 1
     path.rename(target)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that nobody ever sees a part of it.
+
+    Raises:
+        OSError: It cannot be written; what was there before is still there.
+    """
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

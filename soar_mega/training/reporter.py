@@ -42,7 +42,7 @@ class Reporter:
             folder,
             name=config.run.name,
             config=config.model_dump(mode="json"),
-            resumed=run.resumed is not None,
+            resumed=run.resumed is not None or config.checkpoint.resume == "latest",
         )
         self._progress = Progress(
             config.train.max_train_steps, run.done_steps, every=config.logging.log_every

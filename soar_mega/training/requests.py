@@ -2,7 +2,7 @@
 
 ``save-now``: save a checkpoint. ``stop-now``: save one and end. Rank 0 looks between steps; all
 ranks hear of it in one small reduction, which also tells them whether any of them has failed at
-something it did in the background.
+something it did in the background, or was asked by a signal to end.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ class Agreed:
     Attributes:
         save, stop: The file is there.
         failed: Some rank said so of itself.
+        leave: A signal asked some rank to save and end.
     """
 
     save: bool
     stop: bool
     failed: bool
+    leave: bool = False
 
 
 class Requests:
@@ -46,11 +48,12 @@ class Requests:
         self._folder, self._mesh = folder, mesh
         self._stuck: set[str] = set()  # files that could not be removed
 
-    def agree(self, *, failed: bool = False) -> Agreed:
+    def agree(self, *, failed: bool = False, leave: bool = False) -> Agreed:
         """What is asked for now; every rank calls it between the same two steps.
 
         Args:
             failed: Whether this rank has to tell of a failure.
+            leave: Whether a signal asked this rank to end.
 
         Raises:
             PeerError: Another rank died, hangs or does not answer in time.
@@ -61,7 +64,7 @@ class Requests:
             self._mesh.rank == 0 and name not in self._stuck and os.path.exists(self._folder / name)
             for name in (SAVE_NOW, STOP_NOW)
         ]
-        flags = torch.tensor([*asked, failed], dtype=torch.int32, device=self._mesh.device)
+        flags = torch.tensor([*asked, failed, leave], dtype=torch.int32, device=self._mesh.device)
         if self._mesh.world_group is not None:
             with waiting_for("every other process, to agree on what was asked for"):
                 dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._mesh.world_group)

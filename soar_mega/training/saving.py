@@ -62,6 +62,9 @@ class Saver:
         lineage: Where the starting weights come from: the record's ``parents``.
         data_fingerprint: Of the training data.
         data_state: Gives where its order stands.
+
+    Attributes:
+        slowest_s: Seconds from the call to the committed files, of the slowest save so far.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class Saver:
             settings.hash_algorithm,
             settings.async_save,
         )
+        self.slowest_s = 0.0
         self._failures = 0
         self._notes: list[str] = []
         self._stalls: dict[Path, float] = {}
@@ -161,6 +165,7 @@ class Saver:
         for saved in self._checkpointer.finished():
             self._failures = 0
             stall = self._stalls.pop(saved.path, 0.0)
+            self.slowest_s = max(self.slowest_s, stall + saved.seconds)
             self._notes.append(
                 f"checkpoint: {saved.path} (written in {saved.seconds:.1f} s, training stood still "
                 f"for {stall:.2f} s)"

@@ -8,6 +8,7 @@ Legend: S samples, K timesteps, B samples of a batch, C/H/W latent channels, hei
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -70,8 +71,12 @@ class Validation:
         return every is not None and (step % every == 0 or step == last)
 
     @torch.no_grad()
-    def losses(self) -> dict[str, float]:
-        """``val/loss`` and ``val/loss_t_<permille>``: mean squared error over all samples."""
+    def losses(self, alive: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """``val/loss`` and ``val/loss_t_<permille>``: mean squared error over all samples.
+
+        Args:
+            alive: Called after each microbatch.
+        """
         run, mesh = self._run, self._run.mesh
         assert self._latents_SCHW is not None
         S, K = len(self._latents_SCHW), self.settings.num_timesteps
@@ -92,6 +97,7 @@ class Validation:
                     table_KS[k, samples_B.to(mesh.device)] = (
                         error_BCHW.square().mean(dim=(1, 2, 3)).double()
                     )
+                alive()
         table_KS = fill_together(table_KS, mesh, owns_last=pipeline.owns_last)
         by_time = table_KS.mean(dim=1).tolist()
         metrics = {"val/loss": sum(by_time) / K}

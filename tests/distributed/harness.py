@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+
+from soar_mega import train as command_line
 
 # Far beyond what any case takes on two free cores; a busy machine takes several times as long.
 _TIMEOUT_S = 300
@@ -116,3 +122,96 @@ def _enter(
     except BaseException:
         (Path(folder) / f"error_{rank}").write_text(traceback.format_exc())
         raise
+
+
+@dataclass(frozen=True)
+class Commands:
+    """Processes of the training command on this machine, as torchrun starts them.
+
+    Attributes:
+        processes: One for each rank.
+        folder: Rank r's output is in ``out<r>`` and ``err<r>``.
+    """
+
+    processes: list[BaseProcess]
+    folder: Path
+
+    def wait(self, seconds: float = _TIMEOUT_S) -> list[int | None]:
+        """Exit codes when all have ended; None: still running."""
+        deadline = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(deadline - time.monotonic(), 0))
+        return [process.exitcode for process in self.processes]
+
+    def errors(self, rank: int) -> str:
+        """What the rank wrote to stderr so far."""
+        return (self.folder / f"err{rank}").read_text()
+
+    def shown(self, rank: int = 0) -> str:
+        """What the rank wrote to stdout so far."""
+        return (self.folder / f"out{rank}").read_text()
+
+
+@contextmanager
+def running_commands(
+    world_size: int,
+    folder: Path,
+    arguments: list[str],
+    prepare: Callable[..., None],
+    *more: Any,
+) -> Iterator[Commands]:
+    """``python -m soar_mega.train ARGUMENTS`` on new processes, killed at the end of the block.
+
+    Args:
+        world_size: Number of processes.
+        folder: For their output; made if missing.
+        arguments: Of the command.
+        prepare: ``prepare(rank, *more)`` runs in each process before the command; importable.
+        more: For ``prepare``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    environment = dict(os.environ) | {
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    processes = []
+    for rank in range(world_size):
+        own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(
+            warm_context().Process(  # type: ignore[attr-defined]
+                target=_enter_command, args=(folder, own, arguments, prepare, more)
+            )
+        )
+    try:
+        for process in processes:
+            process.start()
+        yield Commands(processes, folder)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _enter_command(
+    folder: Path,
+    environment: dict[str, str],
+    arguments: list[str],
+    prepare: Callable[..., None],
+    more: tuple[Any, ...],
+) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    rank = int(environment["RANK"])
+    for name, descriptor in (("out", 1), ("err", 2)):
+        os.dup2(os.open(folder / f"{name}{rank}", os.O_WRONLY | os.O_CREAT, 0o644), descriptor)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    prepare(rank, *more)
+    sys.exit(command_line.main(arguments))

@@ -255,7 +255,7 @@ def test_counts_survive_a_resume(
     )
     assert command(arguments) == 1
     assert "14 of the run's 40 samples" in capsys.readouterr().err
-    assert command([*arguments, "data.max_bad_rate=0.02"]) == 1
+    assert command([*arguments, "data.max_bad_rate=0.02"]) == 93
     assert "21 of the run's 60 samples" in capsys.readouterr().err
     assert command([*arguments, "data.max_bad_rate=0.021"]) == 0
     assert metrics(run_dir)[-1]["data/bad_samples"] == 21

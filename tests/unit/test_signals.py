@@ -1,0 +1,54 @@
+"""Handlers note a signal and do nothing else."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+
+from soar_mega.launch.signals import ASKING, LEAD_VARIABLE, Signals, signal_lead
+
+
+@pytest.mark.parametrize("number", ASKING)
+def test_a_signal_is_noted_and_handlers_come_back(number: signal.Signals) -> None:
+    before = [signal.getsignal(one) for one in ASKING]
+    signals = Signals()
+    signals.listen()
+    try:
+        assert signals.received is None
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal.SIGTERM)  # Slurm's second word
+        assert signals.received == number.name
+    finally:
+        signals.close()
+    assert [signal.getsignal(one) for one in ASKING] == before
+
+
+def test_the_second_interrupt_ends_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    signals = Signals()
+    signals.listen()
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert "once more ends at once" in capfd.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.pause()
+    finally:
+        signals.close()
+
+
+def test_another_thread_has_no_signals() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    signals = Signals()
+    thread = threading.Thread(target=signals.listen)
+    thread.start()
+    thread.join()
+    assert signal.getsignal(signal.SIGUSR1) is before
+
+
+@pytest.mark.parametrize(("value", "lead"), [("300", 300.0), ("", None), ("soon", None)])
+def test_lead(value: str, lead: float | None) -> None:
+    assert signal_lead({LEAD_VARIABLE: value}) == lead
+    assert signal_lead({}) is None
