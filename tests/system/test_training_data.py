@@ -253,7 +253,7 @@ def test_counts_survive_a_resume(
         *STOPPED["in the second step"],
         "checkpoint.resume=latest",
     )
-    assert command(arguments) == 1
+    assert command(arguments) == 93
     assert "14 of the run's 40 samples" in capsys.readouterr().err
     assert command([*arguments, "data.max_bad_rate=0.02"]) == 93
     assert "21 of the run's 60 samples" in capsys.readouterr().err
