@@ -72,7 +72,8 @@ def _layout(config: Config, size: Size) -> Iterator[str]:
         yield (
             f"memory: {peak:.1f} GB on the fullest GPU, but {plan.gpu.name} has "
             f"{plan.gpu.memory:g}: use more pipeline or tensor parallelism, "
-            "train.activation_checkpointing = full, or a smaller train.micro_batch_size (tools/plan.py shows what takes it)"
+            "train.activation_checkpointing = full, or a smaller "
+            "train.micro_batch_size (tools/plan.py shows what takes it)"
         )
     measured = _measured_step(Path(config.run.dir))
     parameters = sum(math.prod(entry.shape) for entry in mapping(plan.architecture).values())
