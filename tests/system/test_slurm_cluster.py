@@ -1,4 +1,4 @@
-"""The job scripts on a real two-node Slurm cluster: one job per way a run ends or is interrupted."""
+"""The job scripts on a real two-node Slurm cluster, for every way a run ends or is interrupted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from soar_mega.telemetry.metrics import read_metrics
 from tests.runs import REPOSITORY, Tiny, assert_same_state, checkpoint, metrics
 from tests.system.slurm_cluster import Job, SlurmCluster, slurm_cluster, why_not
 
-STEPS = 40
+STEPS = 16
 LAYOUT = (
     "parallel.tensor_model_parallel_size=2",
     "parallel.pipeline_model_parallel_size=2",
@@ -49,7 +49,7 @@ class Site:
         }
         file = self.folder / f"cluster-{'-'.join(settings) or 'plain'}.env"
         example = (REPOSITORY / "slurm" / "cluster.env.example").read_text()
-        own = "".join(f"{name}={shlex.quote(value)}\n" for name, value in given.items())
+        own = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in given.items())
         file.write_text(own + example)
         return {"CLUSTER_ENV": str(file), "OMP_NUM_THREADS": "1"}
 
@@ -114,7 +114,7 @@ def site(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]
 
 
 def long_run(*more: str) -> list[str]:
-    return [*LAYOUT, f"train.max_train_steps={STEPS}", "checkpoint.checkpointing_steps=8", *more]
+    return [*LAYOUT, f"train.max_train_steps={STEPS}", "checkpoint.checkpointing_steps=4", *more]
 
 
 @pytest.fixture(scope="module")
@@ -143,13 +143,13 @@ def test_slurm_trains_on_two_nodes(site: Site, unbroken: Path) -> None:
 def test_slurm_requeue_signal_and_a_killed_node(site: Site, unbroken: Path) -> None:
     """One job through all three, to the result of the unbroken one."""
     job = site.train("broken", *long_run())
-    site.until_step("broken", 5)
+    site.until_step("broken", 2)
     site.cluster.run("scontrol", "requeue", job)
     site.until_restart(job, "broken", 1)
-    site.until_step("broken", 14)
+    site.until_step("broken", 6)
     site.cluster.run("scancel", "--signal=USR1", job)
     site.until_restart(job, "broken", 2)
-    site.until_step("broken", 27)
+    site.until_step("broken", 10)
     victims = site.cluster.tasks(job, node=1)
     assert len(victims) == 2
     for process in victims:
@@ -166,7 +166,7 @@ def test_slurm_requeue_signal_and_a_killed_node(site: Site, unbroken: Path) -> N
 
 def test_slurm_torchrun(site: Site, unbroken: Path) -> None:
     job = site.train("agents", *long_run(), LAUNCHER="torchrun")
-    site.until_step("agents", 12)
+    site.until_step("agents", 6)
     site.cluster.run("scancel", "--signal=USR1", job)
     assert site.wait(job, "agents").restarts == 1
     assert "saved after a signal (75)" in site.log("agents")
@@ -194,15 +194,14 @@ def dependent(site: Site, job: str) -> str:
 
 
 def test_slurm_crashes_at_one_step(site: Site, faulty: str) -> None:
-    """Every start dies in step 4; the retries are bounded and nothing that depends on it starts."""
+    """Every start dies in step 2; the retries are bounded and nothing that depends on it starts."""
     job = site.train(
         "crashing",
-        "train.max_train_steps=6",
-        "checkpoint.checkpointing_steps=3",
+        "train.max_train_steps=3",
         "train.max_starts_without_progress=2",
         options=ONE,
         VENV=faulty,
-        POISON="killed:4",
+        POISON="killed:2",
     )
     after = dependent(site, job)
     assert site.wait(job, "crashing", "FAILED", 93).restarts == 2
