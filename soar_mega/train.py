@@ -69,6 +69,7 @@ def _run(argv: list[str] | None, signals: Signals) -> int:
     # torch and the model libraries take seconds to import; a typo is told before.
     from soar_mega.checkpoint.errors import CheckpointError
     from soar_mega.data.errors import DataError, TooManyBadSamplesError
+    from soar_mega.launch.rendezvous import RendezvousError
     from soar_mega.parallel.errors import PeerError
     from soar_mega.training.health import SickRunError
     from soar_mega.training.starts import StuckRunError
@@ -82,7 +83,7 @@ def _run(argv: list[str] | None, signals: Signals) -> int:
         return _fail(error, DO_NOT_RESTART)
     except CheckpointError as error:
         return _fail(error, FAILED)
-    except PeerError as error:  # each rank names what it was waiting for
+    except (PeerError, RendezvousError) as error:  # each rank names what it was waiting for
         return _fail(error, FAILED, everywhere=True)
     except DataError as error:  # one rank's sample: the others have not heard of it
         return _fail(error, FAILED, everywhere=True)

@@ -13,6 +13,10 @@ from soar_mega.config import ConfigError
 # Slurm gives steps that are no srun step (the batch script, an interactive shell) numbers up here.
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 
+# The same on all nodes, different for jobs that share a node, and below Linux' ephemeral ports: no
+# outgoing connection sits on one.
+_FIRST_PORT, _PORTS, _SPARE_PORTS = 15000, 17000, 4
+
 _log = logging.getLogger(__name__)
 
 
@@ -28,6 +32,8 @@ class ProcessEnvironment:
         master_address: Host of rank 0.
         master_port: Port on which rank 0 gathers the others.
         launcher: Who started the process.
+        spare_ports: Where rank 0 gathers the others if something else has ``master_port``.
+        job: What no other run on these machines has at the same time; empty where nothing tells.
     """
 
     rank: int
@@ -37,6 +43,13 @@ class ProcessEnvironment:
     master_address: str
     master_port: int
     launcher: Literal["torchrun", "slurm", "single"]
+    spare_ports: tuple[int, ...] = ()
+    job: str = ""
+
+    @property
+    def ports(self) -> tuple[int, ...]:
+        """On which rank 0 may be, in the order in which it tries."""
+        return (self.master_port, *self.spare_ports)
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> Self:
@@ -92,18 +105,24 @@ class ProcessEnvironment:
                     "SLURM_JOB_NODELIST); start with srun, or set MASTER_ADDR to the host of rank 0"
                 )
             address = "127.0.0.1"
-        # The same on all nodes and different for jobs that share a node; below Linux' ephemeral
-        # ports, so no outgoing connection sits on it.
         job, step = environ.get("SLURM_JOB_ID", "0"), environ.get("SLURM_STEP_ID", "0")
-        derived = 15000 + (int(job) * 13 + int(step)) % 17000
+        restarts = environ.get("SLURM_RESTART_COUNT", "0")
+        # 3989 is prime, so that the ports of jobs with neighbouring ids do not follow each other.
+        derived = [
+            _FIRST_PORT + (int(job) * 13 + int(step) + 3989 * spare) % _PORTS
+            for spare in range(1 + _SPARE_PORTS)
+        ]
+        given = "MASTER_PORT" in environ
         return cls(
             rank=_number(environ, "SLURM_PROCID"),
             world_size=world_size,
             local_rank=_number(environ, "SLURM_LOCALID"),
             local_world_size=_local_tasks(environ),
             master_address=address,
-            master_port=_port(environ, derived),
+            master_port=_port(environ, derived[0]),
             launcher="slurm",
+            spare_ports=() if given else tuple(derived[1:]),
+            job=f"job {job}, step {step}, restart {restarts}",
         )
 
 

@@ -32,6 +32,7 @@ from soar_mega.data.model_folder import ModelFacts, check_folder
 from soar_mega.data.shards.index import ShardIndex, build_index
 from soar_mega.data.sources import TrainingData, open_encoded, open_training_data
 from soar_mega.launch.environment import ProcessEnvironment
+from soar_mega.launch.rendezvous import open_store
 from soar_mega.model.config import MMDiTConfig
 from soar_mega.model.init import initialise
 from soar_mega.model.stage import MMDiTStage
@@ -162,15 +163,24 @@ def device_of(config: Config, process: ProcessEnvironment) -> torch.device:
 
 
 def start_processes(process: ProcessEnvironment, device: torch.device, timeout: timedelta) -> None:
-    """Join the default process group where there is more than one process."""
+    """Join the default process group where there is more than one process.
+
+    Raises:
+        RendezvousError: Rank 0 cannot listen, or is not found.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if process.world_size == 1:
         return
-    os.environ["MASTER_ADDR"] = process.master_address
-    os.environ["MASTER_PORT"] = str(process.master_port)
+    store = None
+    if process.launcher == "slurm":
+        store = open_store(process, timeout)
+    else:  # torchrun's agent has one; torch finds it by these
+        os.environ["MASTER_ADDR"] = process.master_address
+        os.environ["MASTER_PORT"] = str(process.master_port)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
+        store=store,
         rank=process.rank,
         world_size=process.world_size,
         timeout=timeout,

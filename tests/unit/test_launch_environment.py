@@ -73,7 +73,20 @@ def test_slurm_port_is_one_per_job_and_the_same_on_all_ranks() -> None:
     other = ProcessEnvironment.read(SRUN | {"SLURM_JOB_ID": "1235"}).master_port
     again = ProcessEnvironment.read(SRUN | {"SLURM_STEP_ID": "1"}).master_port
     assert len({ProcessEnvironment.read(SRUN).master_port, other, again}) == 3
-    assert ProcessEnvironment.read(SRUN | {"MASTER_PORT": "7"}).master_port == 7
+    assert ProcessEnvironment.read(SRUN | {"MASTER_PORT": "7"}).ports == (7,)
+
+
+def test_slurm_spare_ports_and_job_names_tell_jobs_apart() -> None:
+    found = ProcessEnvironment.read(SRUN)
+    assert len(set(found.ports)) == 5 and all(15000 <= port < 32000 for port in found.ports)
+    again = ProcessEnvironment.read(SRUN | {"SLURM_RESTART_COUNT": "1"})
+    assert again.job != found.job and again.ports == found.ports
+    # The ports of a day's jobs, two of which share a node, do not get in each other's way.
+    for job in range(2000, 3000):
+        one = ProcessEnvironment.read(SRUN | {"SLURM_JOB_ID": str(job)}).ports
+        assert not set(one) & set(
+            ProcessEnvironment.read(SRUN | {"SLURM_JOB_ID": str(job + 1)}).ports
+        )
 
 
 @pytest.mark.parametrize("step", [None, "4294967291", "4294967290"])
