@@ -48,12 +48,13 @@ class FakeCluster:
         self.home = folder / "soar mega's $HOME"
         self.work = folder / 'a "working" 100%t dir'
         self.fakes = folder / "fakes"
-        for made in (self.home / "soar_mega", self.work, self.fakes / "bin"):
+        for made in (self.home / "soar_mega", self.home / "tools", self.work, self.fakes / "bin"):
             made.mkdir(parents=True)
         scripts = shutil.ignore_patterns("cluster.env")
         shutil.copytree(REPOSITORY / "slurm", self.home / "slurm", ignore=scripts)
         (self.home / "soar_mega" / "__init__.py").touch()
-        shutil.copy(REPOSITORY / "tests" / "fake_run.py", self.home / "soar_mega" / "train.py")
+        for name in ("soar_mega/train.py", "tools/encode_data.py", "tools/convert_to_diffusers.py"):
+            shutil.copy(REPOSITORY / "tests" / "fake_run.py", self.home / name)
         self.program(self.home / ".venv" / "bin" / "python", f'exec {_PYTHON} "$@"')
         fake = shlex.quote(str(REPOSITORY / "tests" / "fake_slurm.py"))
         for name in FAKES:
