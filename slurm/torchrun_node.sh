@@ -9,7 +9,8 @@ set -u
 
 (
   trap '' USR1 USR2 TERM
-  export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT
+  # torchrun's option --signals-to-handle.
+  export PET_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT
   exec "$@"
 ) &
 agent=$!

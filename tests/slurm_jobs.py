@@ -53,6 +53,7 @@ class FakeCluster:
         scripts = shutil.ignore_patterns("cluster.env")
         shutil.copytree(REPOSITORY / "slurm", self.home / "slurm", ignore=scripts)
         (self.home / "soar_mega" / "__init__.py").touch()
+        (self.home / "soar_mega" / "config").symlink_to(REPOSITORY / "soar_mega" / "config")
         for name in ("soar_mega/train.py", "tools/encode_data.py", "tools/convert_to_diffusers.py"):
             shutil.copy(REPOSITORY / "tests" / "fake_run.py", self.home / name)
         self.program(self.home / ".venv" / "bin" / "python", f'exec {_PYTHON} "$@"')

@@ -115,6 +115,9 @@ def test_slurm_signal_to_all_processes_of_a_torchrun_node(cluster: FakeCluster) 
         os.kill(pid, signal.SIGTERM)
     for run in saved(cluster, job):
         assert run["received"][0] == "SIGTERM"
+    # Which the agent would do by itself: it kills what has not ended 30 seconds later.
+    log = (cluster.work / "logs" / "soar-77" / "rank-0.log").read_text()
+    assert "shutting down workers" not in log
 
 
 def children(pid: int) -> list[int]:
