@@ -1,8 +1,8 @@
 """A fake ``soar_mega/train.py``: records how it was started, and ends as the test wants.
 
 It needs no package, so that a job script's test takes no seconds. By the environment: it leaves
-``FAKE_RUN_CODE`` in the exit code file (``none``: no file, code 1); with ``FAKE_RUN_SAVES`` it waits
-for a signal first, and saves for that many seconds times its rank + 1.
+``FAKE_RUN_CODE`` in the exit code file (``none``: no file, code 1); with ``FAKE_RUN_SAVES`` it
+waits for a signal first, and saves for that many seconds times its rank + 1.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
 ``python -S fake_slurm.py PROGRAM ARGUMENTS...``; ``tests/slurm_jobs.py`` makes commands of it. Each
 call is a line in ``$FAKE_SLURM/calls.jsonl``. What they do, by the environment:
 
-- srun runs the command ``FAKE_TASKS`` times with Slurm's variables, hands USR1 and USR2 to the tasks
-  and kills them at TERM, as the real one does; its code is the highest one, or ``FAKE_SRUN_CODE``.
+- srun runs the command ``FAKE_TASKS`` times with Slurm's variables, hands USR1 and USR2 to the
+  tasks and kills them at TERM, as the real one does; its code is the highest one, or
+  ``FAKE_SRUN_CODE``.
 - scontrol names ``FAKE_HOSTS`` as host names; ``requeue`` sends TERM to the job script, or refuses
   (``FAKE_REQUEUE=refuse``).
 - apptainer runs Python as its child and hands signals on.

@@ -95,9 +95,7 @@ class FakeCluster:
             start_new_session=True,
         )
 
-    def job(
-        self, *arguments: str, script: str = "train.sbatch", **environ: str
-    ) -> tuple[int, str]:
+    def job(self, *arguments: str, script: str = "train.sbatch", **environ: str) -> tuple[int, str]:
         """Run a job to its end: its code (negative: the signal that ended it) and its log."""
         return self.end(self.start(*arguments, script=script, **environ))
 
@@ -121,7 +119,9 @@ class FakeCluster:
 
     def training(self) -> list[str]:
         """The command line of the one srun that trains."""
-        (found,) = (c["arguments"] for c in self.calls("srun") if "soar_mega.train" in c["arguments"])
+        (found,) = (
+            c["arguments"] for c in self.calls("srun") if "soar_mega.train" in c["arguments"]
+        )
         return list(found)
 
     def requeued(self) -> list[str]:

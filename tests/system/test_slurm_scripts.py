@@ -104,7 +104,12 @@ def test_slurm_jobs_on_one_node_share_no_port_and_no_logs(cluster: FakeCluster) 
 
 
 def test_slurm_arguments_arrive_verbatim_and_ranks_are_the_tasks(cluster: FakeCluster) -> None:
-    given = ["my $HOME's \"config\".yaml", "run.name=two  words", "data.shards=['a b', \"it's\"]", ""]
+    given = [
+        'my $HOME\'s "config".yaml',
+        "run.name=two  words",
+        "data.shards=['a b', \"it's\"]",
+        "",
+    ]
     code, log = cluster.job(*given)
     assert code == 0, log
     run = cluster.run(0)
