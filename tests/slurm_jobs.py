@@ -5,6 +5,7 @@ Nothing else is on the path, so a Slurm that is installed here is not used.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -19,7 +20,7 @@ from typing import Any
 from tests.runs import REPOSITORY
 
 FAKES = ("sbatch", "srun", "scontrol", "apptainer")
-TOOLS = ("bash", "cat", "date", "dirname", "env", "grep", "head", "mkdir", "rm", "sleep", "tail")
+TOOLS = tuple("bash cat date dirname env grep head mkdir rm sleep tail tr".split())
 # Of a job of two tasks on one node; a batch shell itself counts as task 0.
 JOB = {
     "SLURM_JOB_ID": "77",
@@ -60,7 +61,7 @@ class FakeCluster:
         fake = shlex.quote(str(REPOSITORY / "tests" / "fake_slurm.py"))
         for name in FAKES:
             self.program(self.fakes / "bin" / name, f'exec {_PYTHON} -S {fake} {name} "$@"')
-        for name in (*TOOLS, "tr"):
+        for name in TOOLS:
             (self.fakes / "bin" / name).symlink_to(str(shutil.which(name)))
         self.environ = {
             "PATH": str(self.fakes / "bin"),
@@ -104,10 +105,8 @@ class FakeCluster:
         try:
             job.wait(LIMIT_S)
         finally:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(job.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             log = job.communicate()[0]
         return job.returncode, log
 
@@ -119,10 +118,9 @@ class FakeCluster:
 
     def training(self) -> list[str]:
         """The command line of the one srun that trains."""
-        (found,) = (
-            c["arguments"] for c in self.calls("srun") if "soar_mega.train" in c["arguments"]
-        )
-        return list(found)
+        commands = [list(call["arguments"]) for call in self.calls("srun")]
+        (found,) = (command for command in commands if "soar_mega.train" in command)
+        return found
 
     def requeued(self) -> list[str]:
         """The ids that scontrol was asked to requeue."""

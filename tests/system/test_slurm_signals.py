@@ -1,4 +1,4 @@
-"""Signals reach the training however Slurm sends them, and the job script lives to read its code."""
+"""Signals reach the training however Slurm sends them; the job script lives to read its code."""
 
 from __future__ import annotations
 

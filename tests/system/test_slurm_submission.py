@@ -201,12 +201,12 @@ def test_slurm_chain_is_three_jobs_that_wait_for_each_other(
     train, after = str(chain.home / "slurm" / "train.sbatch"), "--dependency=afterok:"
     chained = ["--parsable", "--kill-on-invalid-dep=yes"]
     options = ["--nodes=2", "--comment=a b"]
+    soar = [f"run.dir={soar_dir}", f"model.init_from={pretrain_dir}"]
+    convert = str(chain.home / "slurm" / "convert.sbatch")
     assert [call["arguments"] for call in chain.calls("sbatch")] == [
         ["--parsable", *options, train, "pre train.yaml", f"run.dir={pretrain_dir}"],
-        [*chained, f"{after}100", *options, train, "soar.yaml", f"run.dir={soar_dir}"]
-        + [f"model.init_from={pretrain_dir}"],
-        [*chained, f"{after}101", str(chain.home / "slurm" / "convert.sbatch"), soar_dir]
-        + ["my export"],
+        [*chained, f"{after}100", *options, train, "soar.yaml", *soar],
+        [*chained, f"{after}101", convert, soar_dir, "my export"],
     ]
     for call in chain.calls("sbatch"):
         assert call["environ"]["SOAR_MEGA_HOME"] == str(chain.home)
