@@ -20,7 +20,7 @@ from typing import Any
 from tests.runs import REPOSITORY
 
 FAKES = ("sbatch", "srun", "scontrol", "apptainer")
-TOOLS = tuple("bash cat date dirname env grep head mkdir rm sleep tail tr".split())
+TOOLS = ["bash", "cat", "date", "dirname", "grep", "head", "mkdir", "rm", "sleep", "tail", "tr"]
 # Of a job of two tasks on one node; a batch shell itself counts as task 0.
 JOB = {
     "SLURM_JOB_ID": "77",
