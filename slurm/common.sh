@@ -4,16 +4,30 @@
 
 say() { printf '%s %s\n' "$(date '+%Y-%m-%dT%H:%M:%S')" "$*"; }
 
-# Settings of the cluster, and what Python is: the arrays `python` and `srun_options`.
-load_cluster() {
-  local name settings="${CLUSTER_ENV:-$SOAR_MEGA_HOME/slurm/cluster.env}"
-  [[ -f "$settings" ]] || settings="$SOAR_MEGA_HOME/slurm/cluster.env.example"
+# Settings of the cluster: the environment, then cluster.env, then the example's.
+read_settings() {
+  local name
+  settings="${CLUSTER_ENV:-$SOAR_MEGA_HOME/slurm/cluster.env}"
+  if [[ -f "$settings" ]]; then
+    # shellcheck source=slurm/cluster.env.example
+    source "$settings"
+  elif [[ -n "${CLUSTER_ENV:-}" ]]; then
+    say "error: CLUSTER_ENV = $CLUSTER_ENV must be a file: copy slurm/cluster.env.example there, or" \
+      "unset it" >&2
+    exit 78
+  fi
+  # A copy may be older than a setting.
   # shellcheck source=slurm/cluster.env.example
-  source "$settings"
+  source "$SOAR_MEGA_HOME/slurm/cluster.env.example"
   # An empty one is refused as an unknown partition.
   for name in SBATCH_PARTITION SBATCH_ACCOUNT SBATCH_QOS; do
-    if [[ -n "${!name}" ]]; then export "${name?}"; else unset "$name"; fi
+    if [[ -n "${!name:-}" ]]; then export "${name?}"; else unset "$name"; fi
   done
+}
+
+# read_settings, and what Python is: the arrays `python` and `srun_options`.
+load_cluster() {
+  read_settings
   srun_options=()
   case "$RUNTIME" in
     venv)
@@ -49,10 +63,47 @@ load_cluster() {
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}"
 }
 
-# The job's own folder for logs: `logs`. An array's tasks have one each.
+# The job's id as Slurm's commands take it, `job`, and its own folder for logs, `logs`. An array's
+# tasks have one each; the plain number of an array's last task means the whole array.
 make_log_folder() {
-  logs="${LOG_DIR:-$PWD/logs}/${SLURM_JOB_NAME:-job}-$SLURM_JOB_ID"
+  job="$SLURM_JOB_ID"
+  if [[ -n "${SLURM_ARRAY_JOB_ID:-}" ]]; then job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"; fi
+  logs="${LOG_DIR:-$PWD/logs}/${SLURM_JOB_NAME:-job}-$job"
   mkdir -p "$logs"
+}
+
+# pass_on SIGNAL: the shell itself was signalled (sbatch --signal=B:USR1, scancel --batch), and lives
+# on. srun hands USR1 and USR2 to all tasks, but at a TERM it kills them: they get USR1 for it. A
+# task that Slurm has signalled as well notes the first one alone.
+pass_on() {
+  say "signal $1"
+  asked=1 interrupted=1
+  if [[ -n "$step" ]]; then kill -s "${1/TERM/USR1}" "$step" 2>/dev/null; fi
+}
+
+# listen: from here on signals are passed on.
+listen() {
+  local name
+  asked='' step=''
+  # shellcheck disable=SC2064  # one trap for each name
+  for name in USR1 USR2 TERM; do trap "pass_on $name" "$name"; done
+}
+
+# run_step SRUN...: its code; 75 where the end was asked for before it began. Needs `listen`.
+run_step() {
+  local code=75 interrupted=1
+  [[ -n "$asked" ]] && return "$code"
+  # In the background: a trap does not run before a command in the foreground has ended.
+  "$@" &
+  step=$!
+  # A signal ends `wait` too; a code that was told once is told again.
+  while [[ -n "$interrupted" ]]; do
+    interrupted=''
+    wait "$step"
+    code=$?
+  done
+  step=''
+  return "$code"
 }
 
 # finish CODE: end the job as the run's exit code asks (soar_mega/launch/exit_codes.py).
@@ -84,7 +135,8 @@ finish() {
     exit "$code"
   fi
   say "requeued, start number $((starts + 2))"
-  if ! scontrol requeue "$SLURM_JOB_ID"; then
+  trap - TERM  # Slurm's, at once
+  if ! scontrol requeue "$job"; then
     say "error: scontrol requeue was refused (is the job submitted with --no-requeue?): submit it" \
       "again to go on"
     exit "$code"

@@ -21,22 +21,42 @@ load_cluster
 
 # run_dir CONFIG: its run.dir, with what it inherits.
 run_dir() {
-  "${python[@]}" -m soar_mega.train "$1" --print-config | sed -n '/^run:/,/^[^ ]/s/^  dir: *//p'
+  "${python[@]}" -c '
+import sys
+from soar_mega.config import ConfigError, load_config
+try:
+    print(load_config(sys.argv[1]).run.dir)
+except ConfigError as error:
+    sys.exit(f"error: {error}")' "$1"
 }
 # Where Python is only in a container, the two folders are to be given.
-pretrain_dir="${PRETRAIN_DIR:-$(run_dir "$pretrain")}"
-soar_dir="${SOAR_DIR:-$(run_dir "$soar")}"
+pretrain_dir="${PRETRAIN_DIR:-$(run_dir "$pretrain" || true)}"
+soar_dir="${SOAR_DIR:-$(run_dir "$soar" || true)}"
 if [[ -z "$pretrain_dir" || -z "$soar_dir" ]]; then
-  say "error: the run.dir of $pretrain or $soar could not be read: set PRETRAIN_DIR and SOAR_DIR"
+  say "error: the run.dir of $pretrain or $soar could not be read: set PRETRAIN_DIR and SOAR_DIR" >&2
   exit 78
 fi
 
-first="$(sbatch --parsable "$@" "$SOAR_MEGA_HOME/slurm/train.sbatch" "$pretrain" "run.dir=$pretrain_dir")"
-first="${first%%;*}"
-chained=(--parsable --kill-on-invalid-dep=yes)
-second="$(sbatch "${chained[@]}" "--dependency=afterok:$first" "$@" "$SOAR_MEGA_HOME/slurm/train.sbatch" "$soar" \
-  "run.dir=$soar_dir" "model.init_from=$pretrain_dir")"
-second="${second%%;*}"
-third="$(sbatch "${chained[@]}" "--dependency=afterok:$second" \
-  "$SOAR_MEGA_HOME/slurm/convert.sbatch" "$soar_dir" "$out")"
-printf 'pretraining %s -> SOAR %s -> export %s to %s\n' "$first" "$second" "${third%%;*}" "$out"
+# submit WHAT OPTIONS...: its id, `id`; says which jobs stand where sbatch refuses it.
+submitted=()
+submit() {
+  local what="$1"
+  shift
+  if ! id="$(sbatch --parsable "$@")"; then
+    say "error: sbatch refused the $what (its message is above)" >&2
+    if ((${#submitted[@]})); then
+      say "these stand and run; take them back with: scancel ${submitted[*]}" >&2
+    fi
+    exit 1
+  fi
+  id="${id%%;*}"  # a federation's cluster comes after it
+  submitted+=("$id")
+}
+train="$SOAR_MEGA_HOME/slurm/train.sbatch"
+chained=(--kill-on-invalid-dep=yes)
+submit pretraining "$@" "$train" "$pretrain" "run.dir=$pretrain_dir"
+submit "SOAR training" "${chained[@]}" "--dependency=afterok:$id" "$@" "$train" "$soar" \
+  "run.dir=$soar_dir" "model.init_from=$pretrain_dir"
+submit export "${chained[@]}" "--dependency=afterok:$id" "$SOAR_MEGA_HOME/slurm/convert.sbatch" \
+  "$soar_dir" "$out"
+printf 'pretraining %s -> SOAR %s -> export %s to %s\n' "${submitted[@]}" "$out"

@@ -32,9 +32,10 @@ def main(argv: list[str] | None = None) -> int:
     signals.listen()
     try:
         code = _run(argv, signals)
+        # Before the signals are given back: one more, as Slurm's TERM, would end the process here.
+        write_exit_code(code, os.environ)
     finally:
         signals.close()
-    write_exit_code(code, os.environ)
     return code
 
 

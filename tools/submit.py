@@ -25,6 +25,13 @@ from soar_mega.training.submission import Size, check_submission
 
 _HOME = Path(__file__).resolve().parents[1]
 _MOUNTS = Path("/proc/mounts")
+# With partition, account and QOS of cluster.env.
+_SUBMIT = """
+SOAR_MEGA_HOME="$1"
+source "$SOAR_MEGA_HOME/slurm/common.sh"
+read_settings
+exec sbatch "${@:2}"
+"""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,9 +47,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"error: {problem}", file=sys.stderr)
         print("nothing was submitted", file=sys.stderr)
         return CONFIG_ERROR
+    job = _job(given)
     template = (_HOME / "slurm" / "train.sbatch").read_text(encoding="utf-8")
     try:
-        script = render(template, _job(given), problems)
+        script = render(template, job, problems)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return CONFIG_ERROR
@@ -56,7 +64,10 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    return subprocess.run(["sbatch"], input=script, text=True, check=False).returncode
+    # On the command line too: SBATCH_* of the environment win over the options in a script.
+    options = [f"--{name}={value}" if value else f"--{name}" for name, value in job.options.items()]
+    command = ["bash", "-uc", _SUBMIT, "bash", str(_HOME), *options]
+    return subprocess.run(command, input=script, text=True, check=False).returncode
 
 
 def _job(given: argparse.Namespace) -> Job:

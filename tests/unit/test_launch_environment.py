@@ -109,6 +109,8 @@ def test_python_in_a_batch_script_runs_alone_and_says_so(
         ("gpu[7,9-12]-ib", "gpu7-ib"),
         ("r[1-2]c[03-04],x", "r1c03"),
         ("a,b[1-2]", "a"),
+        ("node-[01-03,7]", "node-01"),
+        ("node-[7,01-03].cluster,node-9", "node-7.cluster"),
     ],
 )
 def test_first_host_of_a_node_list(nodes: str, host: str) -> None:

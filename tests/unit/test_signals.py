@@ -8,6 +8,7 @@ import threading
 
 import pytest
 
+from soar_mega import train
 from soar_mega.launch.signals import ASKING, LEAD_VARIABLE, Signals, signal_lead
 
 
@@ -37,6 +38,15 @@ def test_the_second_interrupt_ends_at_once(capfd: pytest.CaptureFixture[str]) ->
             signal.pause()
     finally:
         signals.close()
+
+
+def test_signals_are_noted_until_the_exit_code_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, during = signal.getsignal(signal.SIGTERM), []
+    monkeypatch.setattr(
+        train, "write_exit_code", lambda *_: during.append(signal.getsignal(signal.SIGTERM))
+    )
+    assert train.main(["/no/such.yaml"]) == 78
+    assert len(during) == 1 and during[0] != before == signal.getsignal(signal.SIGTERM)
 
 
 def test_another_thread_has_no_signals() -> None:
