@@ -217,7 +217,7 @@ def test_slurm_torchrun_command_line(cluster: FakeCluster, named: bool) -> None:
         str(cluster.home / ".venv" / "bin" / "python"),
         *("-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2"),
         *("--rdzv-backend=c10d", "--rdzv-id=77-4"),
-        f"--rdzv-endpoint={'login:29500' if named else 'node-01:16001'}",
+        f"--rdzv-endpoint={'login:29500' if named else 'node-01:31957'}",
         *("-m", "soar_mega.train", "a.yaml", "checkpoint.resume=latest"),
     ]
     (call,) = cluster.calls("srun")
