@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -258,3 +261,30 @@ def test_slurm_chain_from_pretraining_to_a_diffusers_folder(site: Site) -> None:
     assert pipeline.transformer.config.num_layers == 3
     card = (site.folder / "exported" / "README.md").read_text()
     assert "pretrain" in card and "soar" in card
+
+
+@pytest.mark.full
+def test_slurm_docs_from_a_newcomers_shell(site: Site) -> None:
+    """The lines of docs/slurm.md as they stand, with nothing edited but cluster.env."""
+    home = site.folder / "home"
+    home.mkdir()
+    for name in ("configs", "tools", "soar_mega", "assets"):
+        (home / name).symlink_to(REPOSITORY / name)
+    (home / ".venv").symlink_to(sys.prefix)
+    shutil.copytree(REPOSITORY / "slurm", home / "slurm")
+    (home / "slurm" / "cluster.env").write_text(': "${SBATCH_PARTITION:=debug}"\n')
+    text = (REPOSITORY / "docs" / "slurm.md").read_text()
+    (block,) = re.findall(r"-->\n```bash\n(.*?)```", text, re.DOTALL)
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", block],
+        cwd=home,
+        env={**site.cluster.environment, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    logs = "".join(file.read_text() for file in home.glob("*.log"))
+    assert done.returncode == 0, done.stdout + done.stderr + logs
+    pipeline = StableDiffusion3Pipeline.from_pretrained(home / "runs" / "tiny" / "exported")
+    assert pipeline.transformer is not None
+    assert "PROBLEM" not in done.stdout + logs
