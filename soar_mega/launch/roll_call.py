@@ -188,23 +188,19 @@ def meet(process: ProcessEnvironment, environ: Mapping[str, str], limit_s: float
         raise MeetingError(taken_port(port, socket.gethostname(), problem))
     if not serves:
         _reach(process, deadline)
-    kept: list[Store] = []
+    served: list[Store] = []  # rank 0's first one is the server
 
     def connect() -> Store:
-        # Rank 0 itself need not be found by its name: the store listens on every address.
-        server = None
-        if serves:
-            server = not kept
         store = dist.TCPStore(
+            # It listens on every address: rank 0 need not be found by its name.
             "127.0.0.1" if serves else address,
             port,
-            is_master=bool(server),
+            is_master=serves and not served,
             wait_for_workers=False,
             timeout=timedelta(seconds=max(deadline - time.monotonic(), _TRY_S)),
         )
-        kept.append(store)
-        start = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return dist.PrefixStore(f"doctor/{start}", store)
+        served.append(store)
+        return dist.PrefixStore(f"doctor/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
     try:
         return RollCall(connect, process.rank, process.world_size)

@@ -1,0 +1,371 @@
+"""What is wrong with the machines of a job, and with what a configuration needs of them.
+
+Every process of the job runs it (srun, torchrun, or one alone). They meet, rank 0 asks one question
+after the other, all answer, and rank 0 tells what it found. Each wait has an end, so that a job with
+a sick node ends with that node's name instead of hanging.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from soar_mega.config import Config, ConfigError, dump_yaml, load_config
+from soar_mega.launch.environment import ProcessEnvironment
+from soar_mega.launch.exit_codes import CONFIG_ERROR, FAILED
+from soar_mega.launch.findings import Finding, exit_code, ranks_at, sick, spans
+from soar_mega.launch.machine_facts import (
+    Facts,
+    gpu_findings,
+    look,
+    name_findings,
+    version_findings,
+)
+from soar_mega.launch.roll_call import (
+    LostRank0Error,
+    MeetingError,
+    RollCall,
+    bounded,
+    meet,
+    port_problem,
+    taken_port,
+)
+from soar_mega.launch.shared_storage import (
+    Token,
+    clock_findings,
+    problem_of_token,
+    token_findings,
+    where_is,
+)
+
+Tell = Callable[[Finding], None]
+# Seconds: for what takes none of its own, and beyond what a question allows until all have said so.
+_LOOK_S, _STORAGE_S, _VISIBLE_S, _GRACE_S = 120.0, 120.0, 30.0, 15.0
+
+
+def consult(
+    settings: Sequence[str], environ: Mapping[str, str], *, limit_s: float, tell: Tell
+) -> int:
+    """Look at the machines of this job; every process of it calls it.
+
+    Args:
+        settings: Configuration file and overrides, or nothing.
+        environ: The launcher's variables.
+        limit_s: Longest wait for all processes to come, and for an all-reduce.
+        tell: Gets each finding, on rank 0 and on ranks that cannot reach it.
+
+    Returns:
+        Exit code, the same for all who could talk: 0, 78 for a problem of configuration, data or
+        model, 1 for problems of machines.
+    """
+    try:
+        process = ProcessEnvironment.read(environ)
+    except ConfigError as error:
+        tell(Finding("PROBLEM", f"launcher: {error}", cause="input"))
+        return CONFIG_ERROR
+    host = environ.get("SLURMD_NODENAME") or socket.gethostname()
+    try:
+        began = time.monotonic()
+        roll = meet(process, environ, limit_s)
+        return _Visit(settings, environ, process, host, roll, limit_s, began, tell).run()
+    except MeetingError as error:
+        tell(error.finding)
+    except LostRank0Error as error:
+        where = f"{process.master_address}:{process.master_port}"
+        text = f"roll call: rank {process.rank} on {host} lost rank 0 at {where}; {error}"
+        tell(Finding("PROBLEM", text, "see what rank 0 says, or that it is gone"))
+    return FAILED
+
+
+class _Visit:
+    """The questions of one visit, in order; each method of a question is called by all ranks."""
+
+    def __init__(
+        self,
+        settings: Sequence[str],
+        environ: Mapping[str, str],
+        process: ProcessEnvironment,
+        host: str,
+        roll: RollCall,
+        limit_s: float,
+        began: float,
+        tell: Tell,
+    ) -> None:
+        self._settings, self._environ, self._process = settings, environ, process
+        self._roll, self._limit_s, self._began, self._tell = roll, limit_s, began, tell
+        self._first = process.rank == 0
+        self._hosts = [host]
+        self._told: list[Finding] = []
+        self._patience = limit_s  # how long rank 0 may take until it says the next thing
+        self._config: Config | None = None
+        self._facts: Facts | None = None
+
+    def run(self) -> int:
+        """Exit code."""
+        if self._meet():
+            self._machines()
+            if self._agreed("configuration", self._config is not None):
+                if self._agreed("all-reduce", self._may_reduce()):
+                    self._all_reduce()
+                self._storage()
+                self._data()
+            elif self._agreed("all-reduce", self._may_reduce()):
+                self._all_reduce()
+        code = exit_code(self._told) if self._first else None
+        return self._roll.part(code, self._patience + _GRACE_S)
+
+    def _say(self, *findings: Finding) -> None:
+        for finding in findings:
+            self._told.append(finding)
+            self._tell(finding)
+
+    def _agreed(self, topic: str, value: Any) -> Any:
+        """Rank 0's value on all ranks."""
+        return self._roll.share(f"rank 0's {topic}", value, self._patience + _GRACE_S)
+
+    def _ask(self, topic: str, work: Callable[[], Any], seconds: float) -> dict[int, Any]:
+        """What ``work`` returns on each rank, on rank 0; who fails or says nothing is told."""
+        deadline = time.monotonic() + seconds + _GRACE_S
+        try:
+            answer = {"value": bounded(work, seconds)}
+        except Exception as error:  # whatever it is, it is what a doctor is here to tell
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        silent = set(self._roll.silent)
+        answers = self._roll.collect(topic, answer, deadline)
+        self._patience = seconds + 2 * _GRACE_S
+        if not self._first:
+            return {}
+        if missing := self._roll.silent - silent:
+            self._say(
+                Finding(
+                    "PROBLEM",
+                    f"{topic}: no answer within {seconds + _GRACE_S:.0f} s from "
+                    f"{ranks_at(missing, self._hosts)}",
+                    "see what these processes say; leave a node that hangs out (sbatch --exclude)",
+                )
+            )
+        failed: dict[str, list[int]] = {}
+        for rank, given in answers.items():
+            if "error" in given:
+                failed.setdefault(given["error"], []).append(rank)
+        for words, ranks in failed.items():
+            text = f"{topic}: {ranks_at(ranks, self._hosts)}: {words}"
+            self._say(Finding("PROBLEM", text, _FIXES.get(topic)))
+        return {rank: given["value"] for rank, given in answers.items() if "value" in given}
+
+    def _meet(self) -> bool:
+        """Whether all came."""
+        size, here = self._process.world_size, self._hosts[0]
+        answers = self._roll.collect("roll call", here, self._began + self._limit_s)
+        missing = spans(self._roll.silent)
+        self._hosts = [answers.get(rank, "") for rank in range(size)]
+        reply = self._agreed("roll call", {"missing": missing, "time": time.time()})
+        ahead_s = time.time() - reply["time"]
+        if self._first and size > 1:
+            self._tell_of_roll_call(answers, missing)
+        if reply["missing"]:
+            return False
+        clocks = self._ask("clocks", lambda: ahead_s, _GRACE_S)
+        if self._first:
+            self._say(*clock_findings(clocks, self._hosts))
+        return True
+
+    def _tell_of_roll_call(self, answers: Mapping[int, str], missing: str) -> None:
+        process, seconds = self._process, time.monotonic() - self._began
+        hosts = list(dict.fromkeys(answers.values()))
+        came = ranks_at(answers, self._hosts)
+        if missing:
+            nodes = self._environ.get("SLURM_STEP_NODELIST")
+            of = f" of {nodes}" if nodes else ""
+            self._say(
+                Finding(
+                    "PROBLEM",
+                    f"roll call: {process.world_size - len(answers)} of {process.world_size} ranks "
+                    f"did not come within {self._limit_s:g} s: {missing}\nhere are {came}{of}",
+                    "see what the missing ones say: each that runs tells why it cannot reach "
+                    f"{process.master_address}:{process.master_port}; one that says nothing never "
+                    "started (leave its node out: sbatch --exclude)",
+                )
+            )
+            return
+        where = f"{len(hosts)} host{'s' if len(hosts) > 1 else ''}"
+        text = f"roll call: all {process.world_size} ranks on {where} in {seconds:.1f} s: {came}"
+        self._say(Finding("ok", text), *self._ports())
+
+    def _ports(self) -> list[Finding]:
+        """The port that the run itself will use: under srun another one than this step's."""
+        process, host = self._process, self._hosts[0]
+        if self._environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            return [Finding("ok", f"port: torchrun holds {process.master_port} on {host}")]
+        port, step = process.master_port, self._environ.get("SLURM_STEP_ID", "")
+        if process.launcher == "slurm" and "MASTER_PORT" not in self._environ and step.isdigit():
+            following = {**self._environ, "SLURM_STEP_ID": str(int(step) + 1)}
+            port = ProcessEnvironment.read(following).master_port
+            if problem := port_problem(port):
+                return [taken_port(port, host, problem)]
+        return [Finding("ok", f"port: {port} on {host} is free for the run")]
+
+    def _machines(self) -> None:
+        """Versions, names and GPUs; and whether all read the same configuration."""
+        config_error = ""
+        if self._settings:
+            try:
+                self._config = load_config(self._settings[0], self._settings[1:])
+            except (ConfigError, OSError) as error:
+                config_error = str(error)
+        text = dump_yaml(self._config) if self._config is not None else config_error
+        digest = hashlib.sha256(text.encode()).hexdigest()
+
+        def examine() -> dict[str, Any]:
+            self._facts = look(self._process)
+            return {"facts": asdict(self._facts), "digest": digest, "refused": config_error}
+
+        answers = self._ask("versions and GPUs", examine, _LOOK_S)
+        if not answers:
+            return
+        facts = {rank: Facts.from_json(answer["facts"]) for rank, answer in answers.items()}
+        config = self._config
+        device = config.run.device if config is not None else "auto"
+        self._say(
+            *version_findings(facts, self._hosts, _needs(config)),
+            *gpu_findings(facts, self._hosts, device),
+            *name_findings(facts, self._hosts),
+        )
+        refused = {rank: a["refused"] for rank, a in answers.items() if a["refused"]}
+        self._say(*self._refusals("configuration", refused, "correct it as the message says"))
+        digests = {rank: a["digest"] for rank, a in answers.items() if rank not in refused}
+        others = [rank for rank, one in digests.items() if one != digest]
+        if refused and len(refused) < len(answers):
+            self._config = None
+        elif others:
+            self._say(
+                Finding(
+                    "PROBLEM",
+                    f"configuration: {ranks_at(others, self._hosts)} read another one than rank 0",
+                    "start all processes with the same files and arguments",
+                    cause="input",
+                )
+            )
+        elif config is not None:
+            self._say(Finding("ok", f"configuration: {self._settings[0]} is valid"))
+
+    def _may_reduce(self) -> bool:
+        return self._process.world_size > 1 and not self._roll.silent and not sick(
+            finding for finding in self._told if finding.text.startswith("GPUs")
+        )
+
+    def _all_reduce(self) -> None:
+        from soar_mega.launch.all_reduce import all_reduce, all_reduce_findings
+
+        process, limit_s = self._process, self._limit_s
+        uses_gpu = self._config is None or self._config.run.device != "cpu"
+        gpu = self._facts.own_gpu if uses_gpu and self._facts is not None else None
+
+        def reduce() -> dict[str, Any]:
+            import torch.distributed as dist
+
+            store = dist.PrefixStore("all-reduce", self._roll.connect())
+            # Its own end, later than ours, would be an abort.
+            return all_reduce(store, process.rank, process.world_size, gpu, 2 * limit_s)
+
+        answers = self._ask("all-reduce", reduce, limit_s)
+        if self._first and len(answers) == process.world_size:
+            over = "gloo" if gpu is None else "NCCL"
+            self._say(all_reduce_findings(answers, self._hosts, over))
+
+    def _storage(self) -> None:
+        """Whether the run folder is one for all, fast, and has room."""
+        assert self._config is not None
+        folder, token, offer = Path(self._config.run.dir), None, None
+        if self._first:
+            try:
+                token = bounded(lambda: Token(folder), _STORAGE_S)
+                offer = {"name": token.name, "value": token.value}
+            except (OSError, TimeoutError) as error:
+                text = f"storage: run.dir = {folder} cannot be written: {error}"
+                fix = "name a folder that you may write to, or mend its file system"
+                self._say(Finding("PROBLEM", text, fix, cause="input"))
+        self._patience += _STORAGE_S
+        offer = self._agreed("token", offer)
+        if offer is None:
+            return
+
+        def find() -> str | None:
+            return problem_of_token(folder, offer["name"], offer["value"], _VISIBLE_S)
+
+        try:
+            seen = self._ask("storage", find, _VISIBLE_S + _GRACE_S)
+            if token is not None:
+                place = where_is(folder)
+                self._say(token_findings(seen, self._hosts, str(folder), place))
+                speed = bounded(token.write_speed, _STORAGE_S)
+                self._say(
+                    Finding("note", f"storage: rank 0 writes {speed / 1e6:,.0f} MB/s to run.dir"),
+                )
+        except (OSError, TimeoutError) as error:
+            text = f"storage: run.dir = {folder}: writing 64 MiB: {error}"
+            fix = "free space or quota, or mend the file system"
+            self._say(Finding("PROBLEM", text, fix, cause="input"))
+        finally:
+            if token is not None:
+                bounded(token.remove, _GRACE_S)
+        self._patience += 2 * _STORAGE_S
+
+    def _data(self) -> None:
+        """What a start would refuse, on every rank; and whether samples can be read."""
+        assert self._config is not None
+        config, process = self._config, self._process
+        from soar_mega.training.doctor_data import data_findings, examine_data, room_findings
+
+        # A run that takes longer for it is ended by its watchdog.
+        seconds = config.watchdog.start_minutes * 60
+        answers = self._ask("data and model", lambda: examine_data(config, process), seconds)
+        if not answers:
+            return
+        refused = {rank: a["refused"] for rank, a in answers.items() if a["refused"]}
+        self._say(*self._refusals("data and model", refused, None))
+        read = {rank: a for rank, a in answers.items() if not a["refused"]}
+        if read:
+            self._say(*data_findings(read, self._hosts), *room_findings(config, read))
+
+    def _refusals(
+        self, topic: str, refused: Mapping[int, str], fix: str | None
+    ) -> list[Finding]:
+        """One finding for each message. Of whole nodes beside healthy ones: another may be better."""
+        ranks_of: dict[str, list[int]] = {}
+        for rank, words in refused.items():
+            ranks_of.setdefault(words, []).append(rank)
+        healthy = {host for rank, host in enumerate(self._hosts) if rank not in refused}
+        sick_hosts = {self._hosts[rank] for rank in refused}
+        nodes_alone = bool(healthy) and not healthy & sick_hosts
+        found = []
+        for words, ranks in ranks_of.items():
+            everywhere = len(ranks) == self._process.world_size
+            where = "" if everywhere else f" on {ranks_at(ranks, self._hosts)}"
+            text, cause = f"{topic}{where}: {words}", "machine" if nodes_alone else "input"
+            if nodes_alone:
+                fix = "give these nodes what the others have, or leave them out (sbatch --exclude)"
+            found.append(Finding("PROBLEM", text, fix, cause=cause))
+        return found
+
+
+_FIXES = {
+    "all-reduce": "look for what NCCL says with NCCL_DEBUG=INFO; set NCCL_SOCKET_IFNAME and "
+    "GLOO_SOCKET_IFNAME to the network between the nodes (slurm/cluster.env), and let all ports "
+    "through between them",
+}
+
+
+def _needs(config: Config | None) -> dict[str, str]:
+    """Import name of an optional package -> the setting that asks for it."""
+    needs = {}
+    if config is not None and config.data.decoder == "dali":
+        needs["nvidia.dali"] = "data.decoder = dali"
+    if config is not None and config.logging.wandb_project is not None:
+        needs["wandb"] = f"logging.wandb_project = {config.logging.wandb_project}"
+    return needs
