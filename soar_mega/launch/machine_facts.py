@@ -230,7 +230,9 @@ def _optional_findings(
         )
 
 
-def gpu_findings(facts: Mapping[int, Facts], hosts: Sequence[str], device: str) -> Iterator[Finding]:
+def gpu_findings(
+    facts: Mapping[int, Facts], hosts: Sequence[str], device: str
+) -> Iterator[Finding]:
     """Whether every rank has a GPU for itself that nobody else uses.
 
     Args:

@@ -136,8 +136,8 @@ def _needing_rank_0(topic: str) -> Iterator[None]:
 def bounded(work: Callable[[], Answer], seconds: float) -> Answer:
     """What ``work`` returns or raises; it is left behind in its thread if it takes too long.
 
-    Drivers, file systems and collectives hang where no signal reaches them. A program that used this
-    must end with ``os._exit``.
+    Drivers, file systems and collectives hang where no signal reaches them. A program that used
+    this must end with ``os._exit``.
 
     Raises:
         TimeoutError: It took longer.

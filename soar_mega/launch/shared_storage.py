@@ -87,7 +87,7 @@ def problem_of_token(folder: Path, name: str, value: str, seconds: float) -> str
 
 
 def where_is(folder: Path) -> dict[str, Any]:
-    """The file system of a folder: its kind and point in words, and whether it is of one node."""
+    """The file system of a folder: ``words`` for it, and whether it is ``local`` to one node."""
     mounts = _MOUNTS.read_text() if _MOUNTS.exists() else ""
     point, kind = file_system_of(folder, mounts)
     return {"words": f"{kind} at {point}", "local": local_file_system(folder, mounts) is not None}
@@ -108,17 +108,17 @@ def token_findings(
     if not blind:
         seen = f" and seen by all {len(problems)} ranks" if len(problems) > 1 else ""
         return Finding("ok", f"storage: run.dir = {folder} ({home['words']}) is writable{seen}")
-    lead = f"storage: run.dir = {folder}: what rank 0 writes is not seen by {ranks_at(blind, hosts)}"
+    lead = f"storage: run.dir = {folder}: what rank 0 writes, {ranks_at(blind, hosts)}"
     if home["local"] and len(set(hosts)) > 1:
         return Finding(
             "PROBLEM",
-            f"{lead}: it lies on {home['words']}, which only {hosts[0]} sees",
+            f"{lead} cannot see: it lies on {home['words']}, which only {hosts[0]} sees",
             "set run.dir to a folder on storage that all nodes share",
             cause="input",
         )
     return Finding(
         "PROBLEM",
-        f"{lead}: {problems[blind[0]]}; on rank 0 it lies on {home['words']}",
+        f"{lead} cannot see: {problems[blind[0]]}; on rank 0 it lies on {home['words']}",
         "see whether that file system is mounted on those nodes (mount, df); leave a node without "
         "it out (sbatch --exclude)",
     )
@@ -137,7 +137,7 @@ def clock_findings(offsets: Mapping[int, float], hosts: Sequence[str]) -> Iterat
     off = {host: offset for host, offset in by_host.items() if abs(offset) > 3}
     if off:
         words = [f"{host} {offset:+.1f} s" for host, offset in off.items()]
-        text = f"clocks: off by more than 3 s from rank 0's: {', '.join(words)}; start chrony or ntp"
+        text = f"clocks: off from rank 0's by more than 3 s: {', '.join(words)}; start chrony there"
         yield Finding("note", text)
     else:
         most = max(map(abs, by_host.values()))

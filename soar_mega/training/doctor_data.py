@@ -14,7 +14,7 @@ from soar_mega.launch.environment import ProcessEnvironment
 from soar_mega.launch.findings import Finding, ranks_at
 from soar_mega.training.run_doctor import room_for_checkpoints, size_of
 from soar_mega.training.saving import CHECKPOINTS
-from soar_mega.training.setup import check
+from soar_mega.training.setup import check_inputs
 from soar_mega.training.submission import checkpoint_bytes
 
 
@@ -26,12 +26,8 @@ def examine_data(config: Config, process: ProcessEnvironment) -> dict[str, Any]:
         ``fingerprint`` of the samples, ``shards``, ``samples``, ``checkpoint`` (bytes), and on the
         first process of a machine ``unread``, why the first sample cannot be read, else None.
     """
-    # Of wandb the versions tell.
-    quiet = config.model_copy(
-        update={"logging": config.logging.model_copy(update={"wandb_project": None})}
-    )
     try:
-        checked = check(quiet, process)
+        checked = check_inputs(config, process.world_size)
     except (ValueError, OSError) as error:
         return {"refused": str(error)}
     data = checked.data
@@ -64,7 +60,9 @@ def _unread(data: TrainingData) -> str | None:
     return None
 
 
-def data_findings(answers: Mapping[int, Mapping[str, Any]], hosts: Sequence[str]) -> Iterator[Finding]:
+def data_findings(
+    answers: Mapping[int, Mapping[str, Any]], hosts: Sequence[str]
+) -> Iterator[Finding]:
     """Whether all ranks have the same samples and every machine can read them.
 
     Args:
@@ -108,7 +106,11 @@ def data_findings(answers: Mapping[int, Mapping[str, Any]], hosts: Sequence[str]
 
 
 def room_findings(config: Config, answers: Mapping[int, Mapping[str, Any]]) -> Iterator[Finding]:
-    """Room for the checkpoints, by the newest one where there is one, else by the model's size."""
+    """Room for the checkpoints, by the newest one where there is one, else by the model's size.
+
+    Raises:
+        OSError: ``run.dir`` is not there.
+    """
     folder = Path(config.run.dir)
     there = store.committed(folder / CHECKPOINTS)
     size = size_of(there[-1]) if there else next(iter(answers.values()))["checkpoint"]

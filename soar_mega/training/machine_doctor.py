@@ -1,8 +1,8 @@
 """What is wrong with the machines of a job, and with what a configuration needs of them.
 
-Every process of the job runs it (srun, torchrun, or one alone). They meet, rank 0 asks one question
-after the other, all answer, and rank 0 tells what it found. Each wait has an end, so that a job with
-a sick node ends with that node's name instead of hanging.
+Every process of the job runs it (srun, torchrun, or one alone). They meet, rank 0 asks one
+question after the other, all answer, and rank 0 tells what it found. Each wait has an end, so that
+a job with a sick node ends with that node's name instead of hanging.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -104,18 +105,22 @@ class _Visit:
         self._patience = limit_s  # how long rank 0 may take until it says the next thing
         self._config: Config | None = None
         self._facts: Facts | None = None
+        self._token: Token | None = None
 
     def run(self) -> int:
         """Exit code."""
         if self._meet():
             self._machines()
+            if over := self._agreed("all-reduce", self._reduces_over()):
+                self._all_reduce(over)
             if self._agreed("configuration", self._config is not None):
-                if self._agreed("all-reduce", self._may_reduce()):
-                    self._all_reduce()
-                self._storage()
-                self._data()
-            elif self._agreed("all-reduce", self._may_reduce()):
-                self._all_reduce()
+                try:
+                    self._storage()
+                    self._data()
+                finally:
+                    if self._token is not None:
+                        with suppress(TimeoutError):
+                            bounded(self._token.remove, _GRACE_S)
         code = exit_code(self._told) if self._first else None
         return self._roll.part(code, self._patience + _GRACE_S)
 
@@ -126,7 +131,9 @@ class _Visit:
 
     def _agreed(self, topic: str, value: Any) -> Any:
         """Rank 0's value on all ranks."""
-        return self._roll.share(f"rank 0's {topic}", value, self._patience + _GRACE_S)
+        value = self._roll.share(f"rank 0's {topic}", value, self._patience + _GRACE_S)
+        self._patience = _GRACE_S
+        return value
 
     def _ask(self, topic: str, work: Callable[[], Any], seconds: float) -> dict[int, Any]:
         """What ``work`` returns on each rank, on rank 0; who fails or says nothing is told."""
@@ -137,7 +144,7 @@ class _Visit:
             answer = {"error": f"{type(error).__name__}: {error}"}
         silent = set(self._roll.silent)
         answers = self._roll.collect(topic, answer, deadline)
-        self._patience = seconds + 2 * _GRACE_S
+        self._patience += seconds + 2 * _GRACE_S
         if not self._first:
             return {}
         if missing := self._roll.silent - silent:
@@ -240,9 +247,7 @@ class _Visit:
         self._say(*self._refusals("configuration", refused, "correct it as the message says"))
         digests = {rank: a["digest"] for rank, a in answers.items() if rank not in refused}
         others = [rank for rank, one in digests.items() if one != digest]
-        if refused and len(refused) < len(answers):
-            self._config = None
-        elif others:
+        if others and not refused:
             self._say(
                 Finding(
                     "PROBLEM",
@@ -251,20 +256,24 @@ class _Visit:
                     cause="input",
                 )
             )
+        if others or refused:
+            self._config = None  # what it needs differs from rank to rank
         elif config is not None:
             self._say(Finding("ok", f"configuration: {self._settings[0]} is valid"))
 
-    def _may_reduce(self) -> bool:
-        return self._process.world_size > 1 and not self._roll.silent and not sick(
-            finding for finding in self._told if finding.text.startswith("GPUs")
-        )
+    def _reduces_over(self) -> str | None:
+        """NCCL or gloo; None where some rank could not take part."""
+        gpus = [finding for finding in self._told if finding.text.startswith("GPUs: ")]
+        if self._process.world_size == 1 or self._roll.silent or sick(gpus):
+            return None
+        on_cpu = self._config is not None and self._config.run.device == "cpu"
+        return "gloo" if on_cpu or self._facts is None or not self._facts.gpus else "NCCL"
 
-    def _all_reduce(self) -> None:
+    def _all_reduce(self, over: str) -> None:
         from soar_mega.launch.all_reduce import all_reduce, all_reduce_findings
 
         process, limit_s = self._process, self._limit_s
-        uses_gpu = self._config is None or self._config.run.device != "cpu"
-        gpu = self._facts.own_gpu if uses_gpu and self._facts is not None else None
+        gpu = self._facts.own_gpu if over == "NCCL" and self._facts is not None else None
 
         def reduce() -> dict[str, Any]:
             import torch.distributed as dist
@@ -275,17 +284,16 @@ class _Visit:
 
         answers = self._ask("all-reduce", reduce, limit_s)
         if self._first and len(answers) == process.world_size:
-            over = "gloo" if gpu is None else "NCCL"
             self._say(all_reduce_findings(answers, self._hosts, over))
 
     def _storage(self) -> None:
         """Whether the run folder is one for all, fast, and has room."""
         assert self._config is not None
-        folder, token, offer = Path(self._config.run.dir), None, None
+        folder, offer = Path(self._config.run.dir), None
         if self._first:
             try:
-                token = bounded(lambda: Token(folder), _STORAGE_S)
-                offer = {"name": token.name, "value": token.value}
+                self._token = bounded(lambda: Token(folder), _STORAGE_S)
+                offer = {"name": self._token.name, "value": self._token.value}
             except (OSError, TimeoutError) as error:
                 text = f"storage: run.dir = {folder} cannot be written: {error}"
                 fix = "name a folder that you may write to, or mend its file system"
@@ -298,23 +306,20 @@ class _Visit:
         def find() -> str | None:
             return problem_of_token(folder, offer["name"], offer["value"], _VISIBLE_S)
 
+        seen = self._ask("storage", find, _VISIBLE_S + _GRACE_S)
+        self._patience += 2 * _STORAGE_S
+        if self._token is None:
+            return
         try:
-            seen = self._ask("storage", find, _VISIBLE_S + _GRACE_S)
-            if token is not None:
-                place = where_is(folder)
-                self._say(token_findings(seen, self._hosts, str(folder), place))
-                speed = bounded(token.write_speed, _STORAGE_S)
-                self._say(
-                    Finding("note", f"storage: rank 0 writes {speed / 1e6:,.0f} MB/s to run.dir"),
-                )
+            place = bounded(lambda: where_is(folder), _STORAGE_S)
+            self._say(token_findings(seen, self._hosts, str(folder), place))
+            speed = bounded(self._token.write_speed, _STORAGE_S)
+            text = f"storage: rank 0 writes {speed / 1e6:,.0f} MB/s to run.dir"
+            self._say(Finding("note", text))
         except (OSError, TimeoutError) as error:
-            text = f"storage: run.dir = {folder}: writing 64 MiB: {error}"
+            text = f"storage: run.dir = {folder}: 64 MiB cannot be written: {error}"
             fix = "free space or quota, or mend the file system"
             self._say(Finding("PROBLEM", text, fix, cause="input"))
-        finally:
-            if token is not None:
-                bounded(token.remove, _GRACE_S)
-        self._patience += 2 * _STORAGE_S
 
     def _data(self) -> None:
         """What a start would refuse, on every rank; and whether samples can be read."""
@@ -331,12 +336,17 @@ class _Visit:
         self._say(*self._refusals("data and model", refused, None))
         read = {rank: a for rank, a in answers.items() if not a["refused"]}
         if read:
-            self._say(*data_findings(read, self._hosts), *room_findings(config, read))
+            self._say(*data_findings(read, self._hosts))
+        if 0 in read and self._token is not None:
+            try:
+                room = bounded(lambda: list(room_findings(config, read)), _STORAGE_S)
+                self._say(*room)
+            except (OSError, TimeoutError) as error:
+                text = f"storage: run.dir = {config.run.dir}: {error}"
+                self._say(Finding("PROBLEM", text, "mend its file system", cause="input"))
 
-    def _refusals(
-        self, topic: str, refused: Mapping[int, str], fix: str | None
-    ) -> list[Finding]:
-        """One finding for each message. Of whole nodes beside healthy ones: another may be better."""
+    def _refusals(self, topic: str, refused: Mapping[int, str], fix: str | None) -> list[Finding]:
+        """One finding for each message; where only some nodes refuse, others may be better."""
         ranks_of: dict[str, list[int]] = {}
         for rank, words in refused.items():
             ranks_of.setdefault(words, []).append(rank)
@@ -347,10 +357,10 @@ class _Visit:
         for words, ranks in ranks_of.items():
             everywhere = len(ranks) == self._process.world_size
             where = "" if everywhere else f" on {ranks_at(ranks, self._hosts)}"
-            text, cause = f"{topic}{where}: {words}", "machine" if nodes_alone else "input"
+            text = f"{topic}{where}: {words}"
             if nodes_alone:
                 fix = "give these nodes what the others have, or leave them out (sbatch --exclude)"
-            found.append(Finding("PROBLEM", text, fix, cause=cause))
+            found.append(Finding("PROBLEM", text, fix, cause="machine" if nodes_alone else "input"))
         return found
 
 
