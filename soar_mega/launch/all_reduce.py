@@ -91,12 +91,14 @@ def all_reduce_findings(
             "a GPU, a link or a driver there is broken: leave the node out (sbatch --exclude), and "
             "look for errors in the kernel's log and in dcgmi diag",
         )
-    speeds = []
-    for size in answers[0]["seconds"]:
-        slowest = max(answer["seconds"][size] for answer in answers.values())
-        rate = bandwidth(int(size), slowest, len(answers))
-        speeds.append(f"{int(size) / 1e6:.3g} MB in {slowest * 1e3:.3g} ms ({rate:.3g} GB/s)")
+    times, rate = [], 0.0
+    for size in map(int, answers[0]["seconds"]):
+        slowest = max(answer["seconds"][str(size)] for answer in answers.values())
+        rate = bandwidth(size, slowest, len(answers))
+        shown = f"{size >> 20} MiB" if size >= 2**20 else f"{size >> 10} KiB"
+        times.append(f"{shown} in {slowest * 1e3:.3g} ms")
     return Finding(
         "note",
-        f"all-reduce: right over {over} on all {len(answers)} ranks; {', '.join(speeds)} per rank",
+        f"all-reduce: right over {over} on all {len(answers)} ranks; {', '.join(times)} "
+        f"({rate:.2g} GB/s per rank)",
     )

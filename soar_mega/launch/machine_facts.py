@@ -265,6 +265,12 @@ def gpu_findings(
         )
     yield from _shared(facts, hosts)
     yield from _busy(facts, hosts)
+    for host in dict.fromkeys(hosts):
+        there = [rank for rank in facts if hosts[rank] == host]
+        seen = max((len(facts[rank].gpus) for rank in there), default=0)
+        if len(facts) > 1 and len(there) < seen:
+            text = f"GPUs: {host} has {seen} for {ranks_at(there, hosts)}; the others stay idle"
+            yield Finding("note", text)
     own = [one.gpus[one.own_gpu] for one in facts.values() if one.own_gpu is not None]
     if len(facts) == 1:
         own = next(iter(facts.values())).gpus

@@ -13,8 +13,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -73,8 +72,8 @@ class RollCall:
         Raises:
             LostRank0Error: It is gone.
         """
-        with _needing_rank_0(topic):
-            self._store.set(f"{topic}/{self._rank}", json.dumps(answer))
+        key = f"{topic}/{self._rank}"
+        _heard(topic, lambda: self._store.set(key, json.dumps(answer)), _TRY_S)
         if self._rank:
             return {}
         answers = {}
@@ -99,12 +98,15 @@ class RollCall:
         Raises:
             LostRank0Error: It did not come within ``seconds``.
         """
-        with _needing_rank_0(topic):
-            if self._rank == 0:
-                self._store.set(topic, json.dumps(value))
-                return value
+        if self._rank == 0:
+            _heard(topic, lambda: self._store.set(topic, json.dumps(value)), _TRY_S)
+            return value
+
+        def wait() -> Any:
             self._store.wait([topic], timedelta(seconds=seconds))
             return json.loads(self._store.get(topic))
+
+        return _heard(topic, wait, seconds + _TRY_S)
 
     def part(self, code: int | None, seconds: float) -> int:
         """The end: rank 0's exit code on every rank. Rank 0 has the store, so it leaves last.
@@ -114,21 +116,24 @@ class RollCall:
         """
         agreed = int(self.share("exit code", code, seconds))
         others = self._world_size - 1 - len(self.silent)
-        with _needing_rank_0("exit code"):
-            if self._rank:
-                self._store.add("left", 1)
-                return agreed
+        if self._rank:
+            _heard("exit code", lambda: self._store.add("left", 1), _TRY_S)
+            return agreed
         deadline = time.monotonic() + _FAREWELL_S
         while self._store.add("left", 0) < others and time.monotonic() < deadline:
             time.sleep(0.05)
         return agreed
 
 
-@contextmanager
-def _needing_rank_0(topic: str) -> Iterator[None]:
+def _heard(topic: str, work: Callable[[], Answer], seconds: float) -> Answer:
+    """What the store answers; torch bounds a wait for a key, but not for a host that is gone.
+
+    Raises:
+        LostRank0Error: There is no answer.
+    """
     try:
-        yield
-    except RuntimeError as error:
+        return bounded(work, seconds)
+    except (RuntimeError, TimeoutError) as error:
         first = str(error).splitlines()[0].split(". ")[0]
         raise LostRank0Error(f"{topic}: {first}") from error
 
@@ -161,6 +166,11 @@ def bounded(work: Callable[[], Answer], seconds: float) -> Answer:
     return done[0]
 
 
+def host_of(environ: Mapping[str, str]) -> str:
+    """This machine's name, as Slurm's options take it where it is Slurm's."""
+    return environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def meet(process: ProcessEnvironment, environ: Mapping[str, str], limit_s: float) -> RollCall:
     """Connect to rank 0; on rank 0, be there for the others.
 
@@ -174,9 +184,9 @@ def meet(process: ProcessEnvironment, environ: Mapping[str, str], limit_s: float
     """
     # Its warnings about each failed try would bury what is said here.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    deadline = time.monotonic() + limit_s
     import torch.distributed as dist
 
+    deadline, host = time.monotonic() + limit_s, host_of(environ)
     if process.world_size == 1:
         alone = dist.HashStore()
         return RollCall(lambda: alone, 0, 1)
@@ -185,9 +195,9 @@ def meet(process: ProcessEnvironment, environ: Mapping[str, str], limit_s: float
     of_agent = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     serves = process.rank == 0 and not of_agent
     if serves and (problem := port_problem(port)):
-        raise MeetingError(taken_port(port, socket.gethostname(), problem))
+        raise MeetingError(taken_port(port, host, problem))
     if not serves:
-        _reach(process, deadline)
+        _reach(process, host, deadline)
     served: list[Store] = []  # rank 0's first one is the server
 
     def connect() -> Store:
@@ -206,7 +216,7 @@ def meet(process: ProcessEnvironment, environ: Mapping[str, str], limit_s: float
         return RollCall(connect, process.rank, process.world_size)
     except RuntimeError as error:
         what = f"something answers, but not as rank 0 does ({str(error).splitlines()[0]})"
-        raise MeetingError(_unreachable(process, [], what)) from error
+        raise MeetingError(_unreachable(process, host, [], what)) from error
 
 
 def port_problem(port: int) -> str | None:
@@ -230,7 +240,7 @@ def taken_port(port: int, host: str, problem: str) -> Finding:
     )
 
 
-def _reach(process: ProcessEnvironment, deadline: float) -> None:
+def _reach(process: ProcessEnvironment, host: str, deadline: float) -> None:
     """Wait until rank 0's port takes connections.
 
     Raises:
@@ -248,7 +258,7 @@ def _reach(process: ProcessEnvironment, deadline: float) -> None:
         except OSError as error:
             problem = error
         if time.monotonic() > deadline:
-            raise MeetingError(unreachable(process, addresses, problem)) from problem
+            raise MeetingError(unreachable(process, host, addresses, problem)) from problem
         time.sleep(_PAUSE_S)
 
 
@@ -269,11 +279,43 @@ def only_loopback(addresses: list[str]) -> bool:
     )
 
 
-def unreachable(process: ProcessEnvironment, addresses: list[str], problem: OSError) -> Finding:
+def address_problem(name: str) -> str | None:
+    """What is wrong with rank 0's address, as rank 0 itself sees it; None: nothing.
+
+    Args:
+        name: ``master_address``.
+    """
+    try:
+        addresses = resolve(name)
+    except OSError as error:
+        return f"{name} does not resolve on rank 0's host ({error.strerror or error})"
+    shown = name if addresses == [name] else f"{name} ({', '.join(addresses)})"
+    if only_loopback(addresses):
+        return f"{shown} leads every node to itself, if it resolves there as it does here"
+    if not any(map(_is_own, addresses)):
+        return f"{shown} is another host than rank 0's"
+    return None
+
+
+def _is_own(address: str) -> bool:
+    """Whether this machine has the address: nobody can bind to another one's."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family) as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError:
+            return False
+    return True
+
+
+def unreachable(
+    process: ProcessEnvironment, host: str, addresses: list[str], problem: OSError
+) -> Finding:
     """Why this process does not reach rank 0.
 
     Args:
         process: Its place.
+        host: Its machine.
         addresses: Of ``master_address``; none: it does not resolve.
         problem: Of the last try.
     """
@@ -283,38 +325,41 @@ def unreachable(process: ProcessEnvironment, addresses: list[str], problem: OSEr
     if isinstance(problem, socket.gaierror):
         what = f"the name {name} does not resolve here ({problem.strerror})"
         fix = "give this node the cluster's DNS or /etc/hosts, or set MASTER_ADDR to rank 0's "
-        return _unreachable(process, addresses, what, fix + "address")
+        return _unreachable(process, host, addresses, what, fix + "address")
     if elsewhere and only_loopback(addresses):
         what = (
             f"the name {name} resolves to {', '.join(addresses)} here, which is this node itself "
             "and not rank 0's (Debian's /etc/hosts gives 127.0.1.1 to a node's own name)"
         )
         fix = "set MASTER_ADDR to rank 0's address in the cluster's network, or take the name off "
-        return _unreachable(process, addresses, what, fix + "the 127.x line of /etc/hosts")
+        return _unreachable(process, host, addresses, what, fix + "the 127.x line of /etc/hosts")
     if problem.errno == errno.ECONNREFUSED:
         what = "the connection is refused: nobody listens there"
         fix = (
             "see whether rank 0 runs and what it says; if it does, MASTER_ADDR must be its host, "
             "and a firewall must let this port through"
         )
-        return _unreachable(process, addresses, what, fix)
+        return _unreachable(process, host, addresses, what, fix)
     what = f"no answer ({problem.strerror or problem})"
     fix = (
         "a firewall between the nodes drops it, or the address is of a network this node is not "
         "in: open the ports between the nodes, or set MASTER_ADDR to an address of another network"
     )
-    return _unreachable(process, addresses, what, fix)
+    return _unreachable(process, host, addresses, what, fix)
 
 
 def _unreachable(
-    process: ProcessEnvironment, addresses: list[str], what: str, fix: str | None = None
+    process: ProcessEnvironment,
+    host: str,
+    addresses: list[str],
+    what: str,
+    fix: str | None = None,
 ) -> Finding:
     at = f"{process.master_address}:{process.master_port}"
     if addresses and addresses != [process.master_address]:
         at += f" ({', '.join(addresses)})"
     return Finding(
         "PROBLEM",
-        f"roll call: rank {process.rank} on {socket.gethostname()} cannot reach rank 0 at {at}: "
-        f"{what}",
+        f"roll call: rank {process.rank} on {host} cannot reach rank 0 at {at}: {what}",
         fix or "set MASTER_PORT to a port that nothing else uses on rank 0's host",
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from soar_mega.checkpoint import store
-from soar_mega.config import Config
+from soar_mega.config import Config, ConfigError
 from soar_mega.data.errors import BadSampleError
 from soar_mega.data.sources import TrainingData
 from soar_mega.launch.environment import ProcessEnvironment
@@ -28,7 +28,7 @@ def examine_data(config: Config, process: ProcessEnvironment) -> dict[str, Any]:
     """
     try:
         checked = check_inputs(config, process.world_size)
-    except (ValueError, OSError) as error:
+    except (ConfigError, ValueError, OSError) as error:
         return {"refused": str(error)}
     data = checked.data
     try:
@@ -100,7 +100,7 @@ def data_findings(
         where = f", the same on all {len(answers)} ranks" if len(answers) > 1 else ""
         yield Finding(
             "ok",
-            f"data and model: {first['samples']:,} samples in {first['shards']:,} shards{where}; "
+            f"data and model: {first['samples']:,} samples, shards: {first['shards']:,}{where}; "
             "nothing a start would refuse",
         )
 

@@ -8,7 +8,6 @@ a job with a sick node ends with that node's name instead of hanging.
 from __future__ import annotations
 
 import hashlib
-import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -31,7 +30,9 @@ from soar_mega.launch.roll_call import (
     LostRank0Error,
     MeetingError,
     RollCall,
+    address_problem,
     bounded,
+    host_of,
     meet,
     port_problem,
     taken_port,
@@ -69,10 +70,10 @@ def consult(
     except ConfigError as error:
         tell(Finding("PROBLEM", f"launcher: {error}", cause="input"))
         return CONFIG_ERROR
-    host = environ.get("SLURMD_NODENAME") or socket.gethostname()
+    host = host_of(environ)
     try:
-        began = time.monotonic()
         roll = meet(process, environ, limit_s)
+        began = time.monotonic()
         return _Visit(settings, environ, process, host, roll, limit_s, began, tell).run()
     except MeetingError as error:
         tell(error.finding)
@@ -189,11 +190,16 @@ class _Visit:
         if missing:
             nodes = self._environ.get("SLURM_STEP_NODELIST")
             of = f" of {nodes}" if nodes else ""
+            text = (
+                f"roll call: {process.world_size - len(answers)} of {process.world_size} ranks did "
+                f"not come within {self._limit_s:g} s: {missing}\nhere are {came}{of}"
+            )
+            if problem := address_problem(process.master_address):
+                text += f"\n{problem}"
             self._say(
                 Finding(
                     "PROBLEM",
-                    f"roll call: {process.world_size - len(answers)} of {process.world_size} ranks "
-                    f"did not come within {self._limit_s:g} s: {missing}\nhere are {came}{of}",
+                    text,
                     "see what the missing ones say: each that runs tells why it cannot reach "
                     f"{process.master_address}:{process.master_port}; one that says nothing never "
                     "started (leave its node out: sbatch --exclude)",
@@ -244,7 +250,7 @@ class _Visit:
             *name_findings(facts, self._hosts),
         )
         refused = {rank: a["refused"] for rank, a in answers.items() if a["refused"]}
-        self._say(*self._refusals("configuration", refused, "correct it as the message says"))
+        self._say(*self._refusals("configuration", refused))
         digests = {rank: a["digest"] for rank, a in answers.items() if rank not in refused}
         others = [rank for rank, one in digests.items() if one != digest]
         if others and not refused:
@@ -333,7 +339,7 @@ class _Visit:
         if not answers:
             return
         refused = {rank: a["refused"] for rank, a in answers.items() if a["refused"]}
-        self._say(*self._refusals("data and model", refused, None))
+        self._say(*self._refusals("data and model", refused))
         read = {rank: a for rank, a in answers.items() if not a["refused"]}
         if read:
             self._say(*data_findings(read, self._hosts))
@@ -345,7 +351,7 @@ class _Visit:
                 text = f"storage: run.dir = {config.run.dir}: {error}"
                 self._say(Finding("PROBLEM", text, "mend its file system", cause="input"))
 
-    def _refusals(self, topic: str, refused: Mapping[int, str], fix: str | None) -> list[Finding]:
+    def _refusals(self, topic: str, refused: Mapping[int, str]) -> list[Finding]:
         """One finding for each message; where only some nodes refuse, others may be better."""
         ranks_of: dict[str, list[int]] = {}
         for rank, words in refused.items():
@@ -357,7 +363,7 @@ class _Visit:
         for words, ranks in ranks_of.items():
             everywhere = len(ranks) == self._process.world_size
             where = "" if everywhere else f" on {ranks_at(ranks, self._hosts)}"
-            text = f"{topic}{where}: {words}"
+            text, fix = f"{topic}{where}: {words}", None  # the words have it
             if nodes_alone:
                 fix = "give these nodes what the others have, or leave them out (sbatch --exclude)"
             found.append(Finding("PROBLEM", text, fix, cause="machine" if nodes_alone else "input"))
