@@ -14,7 +14,7 @@ from typing import Any
 
 import soar_mega
 from soar_mega.launch.environment import ProcessEnvironment
-from soar_mega.launch.findings import Finding, ranks_at, spans
+from soar_mega.launch.findings import Finding, ranks_at
 from soar_mega.launch.provenance import git_state, package_versions
 from soar_mega.launch.roll_call import only_loopback, resolve
 
@@ -333,22 +333,34 @@ def _busy(facts: Mapping[int, Facts], hosts: Sequence[str]) -> Iterator[Finding]
             )
 
 
-def name_findings(facts: Mapping[int, Facts], hosts: Sequence[str]) -> Iterator[Finding]:
-    """Hosts whose own name means nothing to the others; gloo gives it to them."""
-    if len(set(hosts)) < 2:
-        return
-    for host in dict.fromkeys(hosts):
-        ranks = [rank for rank in facts if hosts[rank] == host]
-        if not ranks or facts[ranks[0]].interface:
-            continue
-        addresses = facts[ranks[0]].addresses
-        if addresses and not only_loopback(addresses):
-            continue
-        how = f"resolves to {', '.join(addresses)}" if addresses else "does not resolve"
-        yield Finding(
-            "PROBLEM",
-            f"names: {host} {how} on {host} itself (ranks {spans(ranks)}), and gloo, which "
-            "background saves use on GPUs too, gives that address to the other nodes",
-            "set GLOO_SOCKET_IFNAME to the network interface between the nodes (slurm/cluster.env)"
-            ", or take the name off the 127.x line of /etc/hosts (Debian writes 127.0.1.1 there)",
+def name_findings(
+    facts: Mapping[int, Facts], hosts: Sequence[str], uses_gloo: bool
+) -> Iterator[Finding]:
+    """Hosts whose own name means nothing to the others, though gloo gives it to them.
+
+    Args:
+        facts: Of each rank that answered.
+        hosts: Of every rank.
+        uses_gloo: Whether a run does.
+    """
+    odd: dict[str, list[str]] = {}
+    for host in dict.fromkeys(hosts[rank] for rank in facts):
+        one = next(facts[rank] for rank in facts if hosts[rank] == host)
+        if not one.interface and (not one.addresses or only_loopback(one.addresses)):
+            how = f"resolves to {', '.join(one.addresses)}" if one.addresses else "does not resolve"
+            odd.setdefault(how, []).append(host)
+    for how, some in odd.items() if len(set(hosts)) > 1 else ():
+        more = f" and {len(some) - 8} more" if len(some) > 8 else ""
+        text = (
+            f"names: a host's own name {how} on {', '.join(some[:8])}{more}, and gloo gives that "
+            "address to the other nodes"
         )
+        fix = (
+            "set GLOO_SOCKET_IFNAME to the network interface between the nodes "
+            "(slurm/cluster.env), or take the name off the 127.x line of /etc/hosts (Debian writes "
+            "127.0.1.1 there)"
+        )
+        if uses_gloo:
+            yield Finding("PROBLEM", text, fix)
+        else:
+            yield Finding("note", f"{text}; this run uses none")

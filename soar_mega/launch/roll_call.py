@@ -182,8 +182,8 @@ def meet(process: ProcessEnvironment, environ: Mapping[str, str], limit_s: float
     Raises:
         MeetingError: Rank 0's port is taken, or this process cannot reach rank 0 in time.
     """
-    # Its warnings about each failed try would bury what is said here.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # Its stack traces of each failed try would bury what is said here.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     import torch.distributed as dist
 
     deadline, host = time.monotonic() + limit_s, host_of(environ)

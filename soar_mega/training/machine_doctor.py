@@ -247,7 +247,7 @@ class _Visit:
         self._say(
             *version_findings(facts, self._hosts, _needs(config)),
             *gpu_findings(facts, self._hosts, device),
-            *name_findings(facts, self._hosts),
+            *name_findings(facts, self._hosts, _uses_gloo(config, facts)),
         )
         refused = {rank: a["refused"] for rank, a in answers.items() if a["refused"]}
         self._say(*self._refusals("configuration", refused))
@@ -375,6 +375,14 @@ _FIXES = {
     "GLOO_SOCKET_IFNAME to the network between the nodes (slurm/cluster.env), and let all ports "
     "through between them",
 }
+
+
+def _uses_gloo(config: Config | None, facts: Mapping[int, Facts]) -> bool:
+    """On CPUs, and where saves go on in the background."""
+    on_cpu = not any(one.gpus for one in facts.values())
+    if config is None:
+        return True
+    return on_cpu or config.run.device == "cpu" or config.checkpoint.async_save
 
 
 def _needs(config: Config | None) -> dict[str, str]:
