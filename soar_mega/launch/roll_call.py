@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import json
+import math
 import os
 import socket
 import threading
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 Answer = TypeVar("Answer")
 _TRY_S, _PAUSE_S = 5.0, 0.3
+BEAT_S = 2.0  # seconds between two signs of life
 _FAREWELL_S = 5.0
 
 
@@ -61,13 +63,24 @@ class RollCall:
         self._rank, self._world_size = rank, world_size
         self.silent: set[int] = set()
 
-    def collect(self, topic: str, answer: Any, deadline: float) -> dict[int, Any]:
+    def beat(self) -> None:
+        """A sign of life while this rank works on its answer.
+
+        Raises:
+            LostRank0Error: Rank 0 is gone.
+        """
+        _heard("sign of life", lambda: self._store.add(f"alive/{self._rank}", 1), _TRY_S)
+
+    def collect(
+        self, topic: str, answer: Any, deadline: float, quiet_s: float = math.inf
+    ) -> dict[int, Any]:
         """Every rank's answer by rank, on rank 0; on others, which only send theirs, nothing.
 
         Args:
             topic: Each is asked once.
             answer: This rank's, ready for JSON.
             deadline: Of rank 0's wait, as ``time.monotonic`` counts.
+            quiet_s: Longest that it waits for a rank without a new ``beat``.
 
         Raises:
             LostRank0Error: It is gone.
@@ -80,17 +93,27 @@ class RollCall:
         for rank in range(self._world_size):
             if rank in self.silent:
                 continue
-            key, left = f"{topic}/{rank}", deadline - time.monotonic()
-            try:
-                if left > 0:
-                    self._store.wait([key], timedelta(seconds=left))
-                elif not self._store.check([key]):
-                    raise RuntimeError(f"no {key} in time")
-            except RuntimeError:
+            key = f"{topic}/{rank}"
+            if self._comes(key, rank, deadline, quiet_s):
+                answers[rank] = json.loads(self._store.get(key))
+            else:
                 self.silent.add(rank)
-                continue
-            answers[rank] = json.loads(self._store.get(key))
         return answers
+
+    def _comes(self, key: str, rank: int, deadline: float, quiet_s: float) -> bool:
+        beats, heard = -1, time.monotonic()
+        while True:
+            left = min(deadline - time.monotonic(), BEAT_S)
+            try:
+                self._store.wait([key], timedelta(seconds=max(left, 0.01)))
+                return True
+            except RuntimeError:
+                now = time.monotonic()
+            count = self._store.add(f"alive/{rank}", 0)
+            if count != beats:
+                beats, heard = count, now
+            if now > min(deadline, heard + quiet_s):
+                return False
 
     def share(self, topic: str, value: Any, seconds: float) -> Any:
         """Rank 0's value on every rank.
@@ -138,11 +161,18 @@ def _heard(topic: str, work: Callable[[], Answer], seconds: float) -> Answer:
         raise LostRank0Error(f"{topic}: {first}") from error
 
 
-def bounded(work: Callable[[], Answer], seconds: float) -> Answer:
+def bounded(
+    work: Callable[[], Answer], seconds: float, meanwhile: Callable[[], None] | None = None
+) -> Answer:
     """What ``work`` returns or raises; it is left behind in its thread if it takes too long.
 
     Drivers, file systems and collectives hang where no signal reaches them. A program that used
     this must end with ``os._exit``.
+
+    Args:
+        work: Runs in a thread of its own.
+        seconds: How long it may take.
+        meanwhile: Called every ``BEAT_S`` seconds until then.
 
     Raises:
         TimeoutError: It took longer.
@@ -158,7 +188,13 @@ def bounded(work: Callable[[], Answer], seconds: float) -> Answer:
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join(seconds)
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0:
+        thread.join(min(left, BEAT_S))
+        if not thread.is_alive():
+            break
+        if meanwhile is not None:
+            meanwhile()
     if failed:
         raise failed[0]
     if not done:

@@ -48,6 +48,7 @@ from soar_mega.launch.shared_storage import (
 Tell = Callable[[Finding], None]
 # Seconds: for what takes none of its own, and beyond what a question allows until all have said so.
 _LOOK_S, _STORAGE_S, _VISIBLE_S, _GRACE_S = 120.0, 120.0, 30.0, 15.0
+_QUIET_S = 30.0  # a process that lives gives a sign every BEAT_S
 
 
 def consult(
@@ -140,11 +141,13 @@ class _Visit:
         """What ``work`` returns on each rank, on rank 0; who fails or says nothing is told."""
         deadline = time.monotonic() + seconds + _GRACE_S
         try:
-            answer = {"value": bounded(work, seconds)}
+            answer = {"value": bounded(work, seconds, self._roll.beat)}
+        except LostRank0Error:
+            raise
         except Exception as error:  # whatever it is, it is what a doctor is here to tell
             answer = {"error": f"{type(error).__name__}: {error}"}
         silent = set(self._roll.silent)
-        answers = self._roll.collect(topic, answer, deadline)
+        answers = self._roll.collect(topic, answer, deadline, _QUIET_S)
         self._patience += seconds + 2 * _GRACE_S
         if not self._first:
             return {}
@@ -152,9 +155,10 @@ class _Visit:
             self._say(
                 Finding(
                     "PROBLEM",
-                    f"{topic}: no answer within {seconds + _GRACE_S:.0f} s from "
+                    f"{topic}: no answer, nor a sign of life, from "
                     f"{ranks_at(missing, self._hosts)}",
-                    "see what these processes say; leave a node that hangs out (sbatch --exclude)",
+                    "see what these processes say, if they are not gone; leave out a node that "
+                    "hangs (sbatch --exclude)",
                 )
             )
         failed: dict[str, list[int]] = {}
