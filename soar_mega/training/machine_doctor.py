@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from soar_mega.config import Config, ConfigError, dump_yaml, load_config
+from soar_mega.launch.addresses import address_problem, host_of, run_port
 from soar_mega.launch.environment import ProcessEnvironment
 from soar_mega.launch.exit_codes import CONFIG_ERROR, FAILED
 from soar_mega.launch.findings import Finding, exit_code, ranks_at, sick, spans
@@ -30,12 +31,8 @@ from soar_mega.launch.roll_call import (
     LostRank0Error,
     MeetingError,
     RollCall,
-    address_problem,
     bounded,
-    host_of,
     meet,
-    port_problem,
-    taken_port,
 )
 from soar_mega.launch.shared_storage import (
     Token,
@@ -212,20 +209,7 @@ class _Visit:
             return
         where = f"{len(hosts)} host{'s' if len(hosts) > 1 else ''}"
         text = f"roll call: all {process.world_size} ranks on {where} in {seconds:.1f} s: {came}"
-        self._say(Finding("ok", text), *self._ports())
-
-    def _ports(self) -> list[Finding]:
-        """The port that the run itself will use: under srun another one than this step's."""
-        process, host = self._process, self._hosts[0]
-        if self._environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            return [Finding("ok", f"port: torchrun holds {process.master_port} on {host}")]
-        port, step = process.master_port, self._environ.get("SLURM_STEP_ID", "")
-        if process.launcher == "slurm" and "MASTER_PORT" not in self._environ and step.isdigit():
-            following = {**self._environ, "SLURM_STEP_ID": str(int(step) + 1)}
-            port = ProcessEnvironment.read(following).master_port
-            if problem := port_problem(port):
-                return [taken_port(port, host, problem)]
-        return [Finding("ok", f"port: {port} on {host} is free for the run")]
+        self._say(Finding("ok", text), run_port(process, self._environ, self._hosts[0]))
 
     def _machines(self) -> None:
         """Versions, names and GPUs; and whether all read the same configuration."""

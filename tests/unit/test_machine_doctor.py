@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from soar_mega.launch import machine_facts
+from soar_mega.launch.addresses import address_problem, port_problem, unreachable
 from soar_mega.launch.all_reduce import all_reduce_findings, bandwidth
 from soar_mega.launch.environment import ProcessEnvironment
 from soar_mega.launch.findings import Finding, exit_code, ranks_at, spans
@@ -24,7 +25,7 @@ from soar_mega.launch.machine_facts import (
     name_findings,
     version_findings,
 )
-from soar_mega.launch.roll_call import address_problem, bounded, port_problem, unreachable
+from soar_mega.launch.roll_call import bounded
 from soar_mega.launch.shared_storage import (
     Token,
     clock_findings,
