@@ -125,10 +125,11 @@ def unreachable(
             f"the name {name} resolves to {', '.join(addresses)} here, which is this node itself "
             "and not rank 0's (Debian's /etc/hosts gives 127.0.1.1 to a node's own name)"
         )
-        fix = "set MASTER_ADDR to rank 0's address in the cluster's network, or take the name off "
-        return unreachable_because(
-            process, host, addresses, what, fix + "the 127.x line of /etc/hosts"
+        fix = (
+            "set MASTER_ADDR to rank 0's address in the cluster's network, or take the name off the "
+            "127.x line of /etc/hosts"
         )
+        return unreachable_because(process, host, addresses, what, fix)
     if problem.errno == errno.ECONNREFUSED:
         what = "the connection is refused: nobody listens there"
         fix = (
@@ -151,6 +152,7 @@ def unreachable_because(
     what: str,
     fix: str | None = None,
 ) -> Finding:
+    """``unreachable`` with the reason and its fix in words; by default another port."""
     at = f"{process.master_address}:{process.master_port}"
     if addresses and addresses != [process.master_address]:
         at += f" ({', '.join(addresses)})"

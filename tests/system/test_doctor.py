@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from soar_mega.launch.environment import ProcessEnvironment
 from tests.runs import REPOSITORY, Tiny, assert_nothing_written
 
 # Seconds for late ones; a rank is at its port within that on a busy machine, too.
@@ -105,12 +106,13 @@ def test_a_job_that_is_well(tiny: Tiny, tmp_path: Path) -> None:
     ended = doctor([slurm(rank, 4) for rank in range(4)], tiny.arguments("soar", run))
     assert [one.code for one in ended] == [0] * 4, ended
     said = ended[0].out
+    following = ProcessEnvironment.read({**slurm(0, 4), "SLURM_STEP_ID": "1"})
     for words in (
         "roll call: all 4 ranks on 2 hosts",
         "ranks 0-1 on node0, 2-3 on node1",
         "clocks: all within 0.",
         "the same on all 4 ranks",
-        f"port: {15000 + (os.getpid() * 13 + 1) % 17000} on node0 is free for the run",
+        f"port: {following.master_port} on node0 is free for the run",
         "all-reduce: right over gloo on all 4 ranks",
         f"run.dir = {run} (",
         "seen by all 4 ranks",

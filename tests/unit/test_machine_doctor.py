@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from soar_mega.launch import machine_facts
 from soar_mega.launch.addresses import address_problem, port_problem, unreachable
@@ -25,7 +27,7 @@ from soar_mega.launch.machine_facts import (
     name_findings,
     version_findings,
 )
-from soar_mega.launch.roll_call import bounded
+from soar_mega.launch.roll_call import BEAT_S, LostRank0Error, RollCall, bounded
 from soar_mega.launch.shared_storage import (
     Token,
     clock_findings,
@@ -239,6 +241,37 @@ def test_what_hangs_is_left_behind() -> None:
     assert time.monotonic() - began < 3
     with pytest.raises(ZeroDivisionError):
         bounded(lambda: 1 / 0, 5)
+
+
+def test_a_rank_that_says_nothing_is_waited_for_once() -> None:
+    store = dist.HashStore()
+    zero, one = (RollCall(lambda: store, rank, 2) for rank in range(2))
+    assert one.collect("first", "here", 0) == {}
+    began = time.monotonic()
+    assert zero.collect("first", 5, began + 30) == {0: 5, 1: "here"}
+    assert time.monotonic() < began + 10, "all have answered"
+    assert zero.collect("second", 6, time.monotonic() + 30, quiet_s=0.1) == {0: 6}
+    assert zero.silent == {1}
+    assert time.monotonic() < began + 20, "no sign of life"
+    assert zero.collect("third", 7, time.monotonic() + 600) == {0: 7}
+    assert zero.share("x", [1], 1) == [1] == one.share("x", None, 1)
+    with pytest.raises(LostRank0Error, match="never"):
+        one.share("never", None, 0.1)
+
+
+def test_a_rank_that_works_is_waited_for() -> None:
+    store = dist.HashStore()
+    zero, one = (RollCall(lambda: store, rank, 2) for rank in range(2))
+
+    def slowly() -> None:
+        bounded(lambda: time.sleep(5 * BEAT_S), 60, one.beat)
+        one.collect("data", "there", 0)
+
+    thread = threading.Thread(target=slowly)
+    thread.start()
+    answers = zero.collect("data", "here", time.monotonic() + 60, quiet_s=3 * BEAT_S)
+    thread.join()
+    assert answers == {0: "here", 1: "there"}
 
 
 def test_a_wrong_sum_and_bandwidth() -> None:
