@@ -126,8 +126,8 @@ def unreachable(
             "and not rank 0's (Debian's /etc/hosts gives 127.0.1.1 to a node's own name)"
         )
         fix = (
-            "set MASTER_ADDR to rank 0's address in the cluster's network, or take the name off the "
-            "127.x line of /etc/hosts"
+            "set MASTER_ADDR to rank 0's address in the cluster's network, or take the name off "
+            "the 127.x line of /etc/hosts"
         )
         return unreachable_because(process, host, addresses, what, fix)
     if problem.errno == errno.ECONNREFUSED:
