@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from soar_mega import hub
 from soar_mega.checkpoint import store
 from soar_mega.checkpoint.errors import CheckpointError
 from soar_mega.config import Config, ConfigError, load_config
 from soar_mega.data.model_folder import FolderError, check_folder
+from soar_mega.launch.findings import Finding
 from soar_mega.telemetry.metrics import FILE_NAME as METRICS
 from soar_mega.telemetry.metrics import read_metrics
 from soar_mega.training.requests import SAVE_NOW, STOP_NOW
@@ -28,26 +28,6 @@ _LEFTOVERS = {
     ".superseded-": "of steps that a resumed run did again; removed once the run is past that step",
     ".damaged-": "a resumed run passed it over; removed once the run is past that step",
 }
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report.
-
-    Attributes:
-        level: ``PROBLEM`` is what a person has to mend.
-        text: What was found.
-        fix: What to do about a problem.
-    """
-
-    level: Literal["ok", "note", "PROBLEM"]
-    text: str
-    fix: str | None = None
-
-    def __str__(self) -> str:
-        lead = f"{self.level:<9}"
-        text = self.text.replace("\n", "\n" + " " * len(lead))
-        return lead + text + (f"\n{' ' * len(lead)}fix: {self.fix}" if self.fix else "")
 
 
 def examine(run_dir: Path | str, *, quick: bool = False) -> Iterator[Finding]:
@@ -121,10 +101,11 @@ def _checkpoint(path: Path, quick: bool) -> Finding:
             "passes it over",
         )
     how = "sizes as written" if quick else "hashes as written"
-    return Finding("ok", f"{path.name}: {_size(path):,} bytes, {how}")
+    return Finding("ok", f"{path.name}: {size_of(path):,} bytes, {how}")
 
 
-def _size(path: Path) -> int:
+def size_of(path: Path) -> int:
+    """Bytes of all files of a checkpoint."""
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
@@ -240,25 +221,36 @@ def _some(steps: Sequence[int]) -> str:
 
 
 def _disk(root: Path, whole: Sequence[Path], config: Config | None) -> Iterator[Finding]:
-    """Room for the next checkpoint, and for as many as will be kept."""
     if not whole:
         return
-    size, free = _size(whole[-1]), shutil.disk_usage(root).free
     limit = config.checkpoint.checkpoints_total_limit if config is not None else None
+    yield room_for_checkpoints(root, size_of(whole[-1]), len(whole), limit)
+
+
+def room_for_checkpoints(folder: Path, size: int, there: int, limit: int | None) -> Finding:
+    """Whether the next checkpoint fits on the disk, and as many as will be kept.
+
+    Args:
+        folder: On that disk.
+        size: Bytes of a checkpoint.
+        there: Checkpoints it has already.
+        limit: ``checkpoint.checkpoints_total_limit``; None: all are kept, or it is not known.
+    """
+    free = shutil.disk_usage(folder).free
     # The new one is whole before an old one goes.
-    needed = size * (max(limit - len(whole), 0) + 1 if limit is not None else 1)
+    needed = size * (max(limit - there, 0) + 1 if limit is not None else 1)
     kept = f"keeping {limit} (checkpoint.checkpoints_total_limit)" if limit else "the next one"
     text = f"disk: {free:,} bytes free; a checkpoint takes {size:,}, {kept} {needed:,} more"
     if free < needed:
-        yield Finding(
+        return Finding(
             "PROBLEM",
             f"{text}: {needed - free:,} bytes are missing",
             "free space, or lower checkpoint.checkpoints_total_limit",
+            cause="input",
         )
-    elif limit is None:
-        yield Finding("note", f"{text}; all are kept, and {free // size:,} more fit")
-    else:
-        yield Finding("ok", text)
+    if limit is None:
+        return Finding("note", f"{text}; all are kept, and {free // size:,} more fit")
+    return Finding("ok", text)
 
 
 def _requests(folder: Path) -> Iterator[Finding]:
@@ -271,8 +263,3 @@ def _requests(folder: Path) -> Iterator[Finding]:
         )
     if (folder / SAVE_NOW).exists():
         yield Finding("note", f"{SAVE_NOW} lies there: a running job saves after this step")
-
-
-def sick(findings: Sequence[Finding]) -> bool:
-    """Whether a person has to do something."""
-    return any(finding.level == "PROBLEM" for finding in findings)

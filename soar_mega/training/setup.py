@@ -32,6 +32,7 @@ from soar_mega.data.model_folder import ModelFacts, check_folder
 from soar_mega.data.shards.index import ShardIndex, build_index
 from soar_mega.data.sources import TrainingData, open_encoded, open_training_data
 from soar_mega.launch.environment import ProcessEnvironment
+from soar_mega.launch.machine_facts import own_gpu
 from soar_mega.launch.rendezvous import open_store
 from soar_mega.model.config import MMDiTConfig
 from soar_mega.model.init import initialise
@@ -74,10 +75,21 @@ def check(config: Config, process: ProcessEnvironment) -> Checked:
     Raises:
         ConfigError, ValueError: The first problem found, naming setting, value, rule and fix.
     """
+    checked = check_inputs(config, process.world_size)
+    _check_run_folder(config, process)  # last: what is refused leaves no folder behind
+    return checked
+
+
+def check_inputs(config: Config, world_size: int) -> Checked:
+    """What ``check`` does, but for optional packages and the run folder; writes nothing there.
+
+    Raises:
+        ConfigError, ValueError: As ``check``.
+    """
     folder = hub.resolve(config.model.source, setting="model.pretrained")
     check_folder(folder)
     architecture = MMDiTConfig.from_diffusers(read_transformer_config(folder))
-    check_layout(config, architecture, process.world_size)
+    check_layout(config, architecture, world_size)
     check_resolution(config.data, architecture)
     data = open_training_data(
         config.data,
@@ -99,7 +111,6 @@ def check(config: Config, process: ProcessEnvironment) -> Checked:
             validation_set = open_encoded(
                 validation_index, config.data, str(folder), setting=setting
             )
-    _check_run_folder(config, process)  # last: what is refused leaves no folder behind
     return Checked(folder, architecture, data, validation_index, validation_set)
 
 
@@ -152,14 +163,13 @@ def device_of(config: Config, process: ProcessEnvironment) -> torch.device:
     if not torch.cuda.is_available():
         raise ConfigError("run.device = cuda, but torch finds no CUDA device: use auto or cpu")
     count = torch.cuda.device_count()
-    if count == 1:
-        return torch.device("cuda", 0)  # Slurm may show each task its own device only
-    if process.local_rank >= count:
+    number = own_gpu(process.local_rank, count)
+    if number is None:
         raise ConfigError(
             f"process {process.local_rank} of this machine has no GPU: there are {count}; start at "
             f"most {count} processes a machine"
         )
-    return torch.device("cuda", process.local_rank)
+    return torch.device("cuda", number)
 
 
 def start_processes(process: ProcessEnvironment, device: torch.device, timeout: timedelta) -> None:

@@ -15,6 +15,7 @@ from soar_mega.data.errors import DataError
 from soar_mega.data.shards.patterns import find_shards
 from soar_mega.data.shards.remote import is_remote
 from soar_mega.launch.mounts import local_file_system
+from soar_mega.model.config import MMDiTConfig
 from soar_mega.telemetry.metrics import FILE_NAME as METRICS
 from soar_mega.telemetry.metrics import read_metrics
 from soar_mega.training.plan import make_plan
@@ -76,8 +77,7 @@ def _layout(config: Config, size: Size) -> Iterator[str]:
             "train.micro_batch_size (tools/plan.py shows what takes it)"
         )
     measured = _measured_step(Path(config.run.dir))
-    parameters = sum(math.prod(entry.shape) for entry in mapping(plan.architecture).values())
-    save_s = _STATE_BYTES * parameters / (_WRITE_RATE * size.nodes)
+    save_s = checkpoint_bytes(plan.architecture) / (_WRITE_RATE * size.nodes)
     needed = (measured or step_s) + save_s
     if needed > size.lead_s:
         how = "measured" if measured else "modelled"
@@ -86,6 +86,11 @@ def _layout(config: Config, size: Size) -> Iterator[str]:
             f"takes {measured or step_s:.1f} s and a checkpoint about {save_s:.0f} s: use "
             f"--signal-lead {round(1.5 * needed) + 1}"
         )
+
+
+def checkpoint_bytes(architecture: MMDiTConfig) -> int:
+    """Size of a checkpoint of this model, before one was made."""
+    return _STATE_BYTES * sum(math.prod(entry.shape) for entry in mapping(architecture).values())
 
 
 def _measured_step(folder: Path) -> float | None:

@@ -12,9 +12,10 @@ import torch
 from soar_mega.checkpoint import store
 from soar_mega.checkpoint.boxes import BoxedTensor
 from soar_mega.config import dump_yaml
+from soar_mega.launch.findings import Finding, sick
 from soar_mega.parallel.mesh import Mesh
 from soar_mega.telemetry.metrics import MetricsWriter
-from soar_mega.training.run_doctor import Finding, examine, sick
+from soar_mega.training.run_doctor import examine
 from tests.runs import Tiny, checkpoint
 from tools import doctor
 
