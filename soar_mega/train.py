@@ -84,7 +84,9 @@ def _run(argv: list[str] | None, signals: Signals) -> int:
         return _fail(error, DO_NOT_RESTART)
     except CheckpointError as error:
         return _fail(error, FAILED)
-    except (PeerError, RendezvousError) as error:  # each rank names what it was waiting for
+    except RendezvousError as error:
+        return _fail(RuntimeError(f"{error}: {error.fix}"), FAILED, everywhere=True)
+    except PeerError as error:  # each rank names what it was waiting for
         return _fail(error, FAILED, everywhere=True)
     except DataError as error:  # one rank's sample: the others have not heard of it
         return _fail(error, FAILED, everywhere=True)

@@ -19,10 +19,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
-from soar_mega.launch.exit_codes import CONFIG_ERROR, is_first_process
+from soar_mega.launch.exit_codes import CONFIG_ERROR, REQUEUE, is_first_process
 from soar_mega.launch.findings import Finding, sick
 from soar_mega.training.machine_doctor import consult
 
@@ -79,6 +80,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _machines(settings: list[str], limit_s: float) -> int:
+    # A signal before the end of a job, or its preemption: the job's script starts it again.
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(number, lambda *_: os._exit(REQUEUE))
     first = is_first_process(os.environ)
     findings = []
 

@@ -16,46 +16,6 @@ def host_of(environ: Mapping[str, str]) -> str:
     return environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def port_problem(port: int) -> str | None:
-    """Why nobody can listen on this machine's port; None: somebody can."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's store does
-        try:
-            probe.bind(("", port))
-            probe.listen(1)
-        except OSError as error:
-            return error.strerror or str(error)
-    return None
-
-
-def taken_port(port: int, host: str, problem: str) -> Finding:
-    """What to say of a rendezvous port that rank 0 cannot listen on."""
-    return Finding(
-        "PROBLEM",
-        f"port: rank 0 on {host} cannot listen on port {port} (MASTER_PORT): {problem}",
-        f"see who has it (ss -ltnp 'sport = :{port}'), or set MASTER_PORT to a free port",
-    )
-
-
-def run_port(process: ProcessEnvironment, environ: Mapping[str, str], host: str) -> Finding:
-    """Whether the port that the run will use is free: under srun another one than this step's.
-
-    Args:
-        process: Rank 0's place, the only one that can tell.
-        environ: The launcher's variables.
-        host: Rank 0's machine.
-    """
-    if environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return Finding("ok", f"port: torchrun holds {process.master_port} on {host}")
-    port, step = process.master_port, environ.get("SLURM_STEP_ID", "")
-    if process.launcher == "slurm" and "MASTER_PORT" not in environ and step.isdigit():
-        following = {**environ, "SLURM_STEP_ID": str(int(step) + 1)}
-        port = ProcessEnvironment.read(following).master_port
-        if problem := port_problem(port):
-            return taken_port(port, host, problem)
-    return Finding("ok", f"port: {port} on {host} is free for the run")
-
-
 def resolve(name: str) -> list[str]:
     """Addresses of a host.
 

@@ -34,6 +34,7 @@ class ProcessEnvironment:
         launcher: Who started the process.
         spare_ports: Where rank 0 gathers the others if something else has ``master_port``.
         job: What no other run on these machines has at the same time; empty where nothing tells.
+        agent_store: Whether torchrun's agent keeps a store at ``master_port`` for all processes.
     """
 
     rank: int
@@ -45,6 +46,7 @@ class ProcessEnvironment:
     launcher: Literal["torchrun", "slurm", "single"]
     spare_ports: tuple[int, ...] = ()
     job: str = ""
+    agent_store: bool = False
 
     @property
     def ports(self) -> tuple[int, ...]:
@@ -91,6 +93,7 @@ class ProcessEnvironment:
             master_address=environ.get("MASTER_ADDR", "127.0.0.1"),
             master_port=_port(environ, 29500),
             launcher="torchrun",
+            agent_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         )
 
     @classmethod

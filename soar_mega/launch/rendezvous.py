@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import logging
 import socket
-import threading
 import time
-from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
+from soar_mega.launch.bounded import bounded
 from soar_mega.launch.environment import ProcessEnvironment
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
-Answer = TypeVar("Answer")
 _OWNER = "soar_mega/owner"
 _TRY_S, _PAUSE_S = 3.0, 0.2
 
@@ -28,20 +26,30 @@ _log = logging.getLogger(__name__)
 
 
 class RendezvousError(RuntimeError):
-    """Rank 0 cannot listen, or this process does not find it."""
+    """Rank 0 cannot listen, or this process does not find it.
+
+    Attributes:
+        fix: What to do about it.
+    """
+
+    def __init__(self, what: str, fix: str) -> None:
+        super().__init__(what)
+        self.fix = fix
 
 
 def open_store(process: ProcessEnvironment, limit: timedelta) -> TCPStore:
-    """Keep the store on rank 0; connect to it on all others.
+    """Keep the store on rank 0; connect to it on all others, and to that of torchrun's agent.
 
     Args:
-        process: Place of this process; not one of torchrun's, whose agent has the store.
+        process: Place of this process.
         limit: Longest wait for rank 0, and for whatever the store is asked later.
 
     Raises:
         RendezvousError: No port is free, or rank 0 does not come.
     """
-    return _listen(process, limit) if process.rank == 0 else _find(process, limit)
+    if process.rank == 0 and not process.agent_store:
+        return _listen(process, limit)
+    return _find(process, limit)
 
 
 def _listen(process: ProcessEnvironment, limit: timedelta) -> TCPStore:
@@ -59,8 +67,8 @@ def _listen(process: ProcessEnvironment, limit: timedelta) -> TCPStore:
         store.set(_OWNER, process.job)
         return store
     raise RendezvousError(
-        f"rank 0 can listen on none of the ports {_listed(process)} of its host: see who has them "
-        "(ss -ltnp), or set MASTER_PORT to a free one"
+        f"rank 0 cannot listen on {' or '.join(map(str, process.ports))} of its host: in use",
+        "see who has it (ss -ltnp), or set MASTER_PORT to a free one",
     )
 
 
@@ -76,8 +84,9 @@ def _find(process: ProcessEnvironment, limit: timedelta) -> TCPStore:
         if time.monotonic() > deadline:
             raise RendezvousError(
                 f"process {process.rank} does not find rank 0 on {process.master_address} "
-                f"({'; '.join(problems)}): see whether rank 0 runs and what it says; "
-                "tools/doctor.py, started as the run is, finds out more"
+                f"({'; '.join(problems)})",
+                "see whether rank 0 runs and what it says; tools/doctor.py, started as the run is, "
+                "finds out more",
             )
         time.sleep(_PAUSE_S)
 
@@ -94,45 +103,13 @@ def _connect(process: ProcessEnvironment, port: int, limit: timedelta) -> TCPSto
     def ask() -> tuple[TCPStore, str]:
         brief = timedelta(seconds=_TRY_S)
         store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=brief)
-        return store, store.get(_OWNER).decode()
+        return store, "" if process.agent_store else store.get(_OWNER).decode()
 
     store, owner = bounded(ask, 2 * _TRY_S)
     if owner != process.job:
-        raise RendezvousError(f"the store of another run ({owner})")
+        raise RuntimeError(f"the store of another run ({owner or 'unnamed'})")
     store.set_timeout(limit)
     return store
-
-
-def bounded(work: Callable[[], Answer], seconds: float) -> Answer:
-    """What ``work`` returns or raises; it is left behind in its thread if it takes too long.
-
-    torch's store waits without end for an answer of something that is no store; drivers, file
-    systems and collectives hang where no signal reaches them.
-
-    Raises:
-        TimeoutError: It took longer.
-    """
-    done: list[Answer] = []
-    failed: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            done.append(work())
-        except BaseException as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if failed:
-        raise failed[0]
-    if not done:
-        raise TimeoutError(f"no answer within {seconds:g} s")
-    return done[0]
-
-
-def _listed(process: ProcessEnvironment) -> str:
-    return ", ".join(map(str, process.ports))
 
 
 def _first_line(error: Exception) -> str:

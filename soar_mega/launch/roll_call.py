@@ -10,29 +10,21 @@ import json
 import math
 import os
 import socket
-import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from soar_mega.launch.addresses import (
-    host_of,
-    port_problem,
-    resolve,
-    taken_port,
-    unreachable,
-    unreachable_because,
-)
+from soar_mega.launch.addresses import host_of, resolve, unreachable, unreachable_because
+from soar_mega.launch.bounded import BEAT_S, Answer, bounded
 from soar_mega.launch.environment import ProcessEnvironment
 from soar_mega.launch.findings import Finding
+from soar_mega.launch.rendezvous import RendezvousError, open_store
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-Answer = TypeVar("Answer")
-_TRY_S, _PAUSE_S = 5.0, 0.3
-BEAT_S = 2.0  # seconds between two signs of life
+_TRY_S = 5.0
 _FAREWELL_S = 5.0
 
 
@@ -58,13 +50,16 @@ class RollCall:
     Args:
         connect: Makes a connection to the store that all ranks share. Each is for one thread.
         rank, world_size: Place of this process.
+        port: Of the store; 0 where there is none.
 
     Attributes:
         silent: Ranks that owe rank 0 an answer; it does not wait for them again.
     """
 
-    def __init__(self, connect: Callable[[], Store], rank: int, world_size: int) -> None:
-        self.connect = connect
+    def __init__(
+        self, connect: Callable[[], Store], rank: int, world_size: int, port: int = 0
+    ) -> None:
+        self.connect, self.port = connect, port
         self._store = connect()
         self._rank, self._world_size = rank, world_size
         self.silent: set[int] = set()
@@ -167,47 +162,6 @@ def _heard(topic: str, work: Callable[[], Answer], seconds: float) -> Answer:
         raise LostRank0Error(f"{topic}: {first}") from error
 
 
-def bounded(
-    work: Callable[[], Answer], seconds: float, meanwhile: Callable[[], None] | None = None
-) -> Answer:
-    """What ``work`` returns or raises; it is left behind in its thread if it takes too long.
-
-    Drivers, file systems and collectives hang where no signal reaches them. A program that used
-    this must end with ``os._exit``.
-
-    Args:
-        work: Runs in a thread of its own.
-        seconds: How long it may take.
-        meanwhile: Called every ``BEAT_S`` seconds until then.
-
-    Raises:
-        TimeoutError: It took longer.
-    """
-    done: list[Answer] = []
-    failed: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            done.append(work())
-        except BaseException as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    deadline = time.monotonic() + seconds
-    while (left := deadline - time.monotonic()) > 0:
-        thread.join(min(left, BEAT_S))
-        if not thread.is_alive():
-            break
-        if meanwhile is not None:
-            meanwhile()
-    if failed:
-        raise failed[0]
-    if not done:
-        raise TimeoutError(f"it took longer than {seconds:g} s")
-    return done[0]
-
-
 def meet(process: ProcessEnvironment, environ: Mapping[str, str], limit_s: float) -> RollCall:
     """Connect to rank 0; on rank 0, be there for the others.
 
@@ -217,62 +171,47 @@ def meet(process: ProcessEnvironment, environ: Mapping[str, str], limit_s: float
         limit_s: Longest wait for rank 0.
 
     Raises:
-        MeetingError: Rank 0's port is taken, or this process cannot reach rank 0 in time.
+        MeetingError: Rank 0's ports are taken, or this process cannot reach rank 0 in time.
     """
     # Its stack traces of each failed try would bury what is said here.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     import torch.distributed as dist
 
-    deadline, host = time.monotonic() + limit_s, host_of(environ)
     if process.world_size == 1:
         alone = dist.HashStore()
         return RollCall(lambda: alone, 0, 1)
-    address, port = process.master_address, process.master_port
-    # torchrun's agent keeps a store at that port, for all of its processes.
-    of_agent = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    serves = process.rank == 0 and not of_agent
-    if serves and (problem := port_problem(port)):
-        raise MeetingError(taken_port(port, host, problem))
-    if not serves:
-        _reach(process, host, deadline)
-    served: list[Store] = []  # rank 0's first one is the server
+    host, limit = host_of(environ), timedelta(seconds=limit_s)
+    try:
+        found = open_store(process, limit)
+    except RendezvousError as error:
+        raise MeetingError(_why_not(process, host, error)) from error
 
     def connect() -> Store:
-        store = dist.TCPStore(
-            # It listens on every address: rank 0 need not be found by its name.
-            "127.0.0.1" if serves else address,
-            port,
-            is_master=serves and not served,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=max(deadline - time.monotonic(), _TRY_S)),
-        )
-        served.append(store)
+        store: Store = found
+        if connected:
+            # Rank 0 need not be found by its name; torchrun's agent may be on another host.
+            address = found.host if process.rank == 0 else process.master_address
+            store = dist.TCPStore(
+                address, found.port, is_master=False, wait_for_workers=False, timeout=limit
+            )
+        connected.append(store)
         return dist.PrefixStore(f"doctor/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
-    try:
-        return RollCall(connect, process.rank, process.world_size)
-    except RuntimeError as error:
-        what = f"something answers, but not as rank 0 does ({str(error).splitlines()[0]})"
-        raise MeetingError(unreachable_because(process, host, [], what)) from error
+    connected: list[Store] = []
+    return RollCall(connect, process.rank, process.world_size, found.port)
 
 
-def _reach(process: ProcessEnvironment, host: str, deadline: float) -> None:
-    """Wait until rank 0's port takes connections.
-
-    Raises:
-        MeetingError: It does not in time; with the likely reason.
-    """
-    where = (process.master_address, process.master_port)
+def _why_not(process: ProcessEnvironment, host: str, error: RendezvousError) -> Finding:
+    """What to say of a rendezvous that failed."""
+    if process.rank == 0:
+        return Finding("PROBLEM", f"port: rank 0 on {host}: {error}", error.fix)
     addresses: list[str] = []
-    problem: OSError | None = None
-    while True:
-        try:
-            addresses = resolve(process.master_address)
-            left = deadline - time.monotonic()
-            with socket.create_connection(where, timeout=max(min(left, _TRY_S), 0.1)):
-                return
-        except OSError as error:
-            problem = error
-        if time.monotonic() > deadline:
-            raise MeetingError(unreachable(process, host, addresses, problem)) from problem
-        time.sleep(_PAUSE_S)
+    try:
+        addresses = resolve(process.master_address)
+        where = (process.master_address, process.master_port)
+        with socket.create_connection(where, timeout=_TRY_S):
+            pass
+    except OSError as problem:
+        return unreachable(process, host, addresses, problem)
+    what = f"something answers, but not as rank 0 does ({error})"
+    return unreachable_because(process, host, addresses, what)

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from soar_mega.config import Config, ConfigError, dump_yaml, load_config
-from soar_mega.launch.addresses import address_problem, host_of, run_port
+from soar_mega.launch.addresses import address_problem, host_of
+from soar_mega.launch.bounded import bounded
 from soar_mega.launch.environment import ProcessEnvironment
 from soar_mega.launch.exit_codes import CONFIG_ERROR, FAILED
 from soar_mega.launch.findings import Finding, exit_code, ranks_at, sick, spans
@@ -31,7 +32,6 @@ from soar_mega.launch.roll_call import (
     LostRank0Error,
     MeetingError,
     RollCall,
-    bounded,
     meet,
 )
 from soar_mega.launch.shared_storage import (
@@ -209,7 +209,15 @@ class _Visit:
             return
         where = f"{len(hosts)} host{'s' if len(hosts) > 1 else ''}"
         text = f"roll call: all {process.world_size} ranks on {where} in {seconds:.1f} s: {came}"
-        self._say(Finding("ok", text), run_port(process, self._environ, self._hosts[0]))
+        self._say(Finding("ok", text))
+        port, host = self._roll.port, self._hosts[0]
+        if process.agent_store:
+            self._say(Finding("ok", f"port: torchrun's agent has {port}"))
+        elif port == process.master_port:
+            self._say(Finding("ok", f"port: rank 0 listens on {port} of {host}"))
+        else:
+            taken = f"port: something on {host} has {process.master_port}; rank 0 took {port}"
+            self._say(Finding("note", taken))
 
     def _machines(self) -> None:
         """Versions, names and GPUs; and whether all read the same configuration."""

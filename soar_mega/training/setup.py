@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -182,12 +181,8 @@ def start_processes(process: ProcessEnvironment, device: torch.device, timeout: 
         torch.cuda.set_device(device)
     if process.world_size == 1:
         return
-    store = None
-    if process.launcher == "slurm":
-        store = open_store(process, timeout)
-    else:  # torchrun's agent has one; torch finds it by these
-        os.environ["MASTER_ADDR"] = process.master_address
-        os.environ["MASTER_PORT"] = str(process.master_port)
+    # torch knows how to share the agent's among restarts.
+    store = None if process.agent_store else open_store(process, timeout)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=store,

@@ -15,8 +15,9 @@ import pytest
 import torch.distributed as dist
 
 from soar_mega.launch import machine_facts
-from soar_mega.launch.addresses import address_problem, port_problem, unreachable
+from soar_mega.launch.addresses import address_problem, unreachable
 from soar_mega.launch.all_reduce import all_reduce_findings, bandwidth
+from soar_mega.launch.bounded import BEAT_S, bounded
 from soar_mega.launch.environment import ProcessEnvironment
 from soar_mega.launch.findings import Finding, exit_code, ranks_at, spans
 from soar_mega.launch.machine_facts import (
@@ -27,7 +28,7 @@ from soar_mega.launch.machine_facts import (
     name_findings,
     version_findings,
 )
-from soar_mega.launch.roll_call import BEAT_S, LostRank0Error, RollCall, bounded
+from soar_mega.launch.roll_call import LostRank0Error, RollCall
 from soar_mega.launch.shared_storage import (
     Token,
     clock_findings,
@@ -223,15 +224,6 @@ def test_rank_0_knows_its_own_address() -> None:
     assert "leads every node to itself" in (address_problem("localhost") or "")
     assert "does not resolve" in (address_problem("no-such-host.invalid") or "")
     assert "another host" in (address_problem("192.0.2.1") or "")
-
-
-def test_a_taken_port_is_known() -> None:
-    with socket.socket() as other:
-        other.bind(("", 0))
-        other.listen()
-        port = other.getsockname()[1]
-        assert port_problem(port) is not None
-    assert port_problem(port) is None
 
 
 def test_what_hangs_is_left_behind() -> None:
