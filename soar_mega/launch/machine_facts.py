@@ -333,15 +333,12 @@ def _busy(facts: Mapping[int, Facts], hosts: Sequence[str]) -> Iterator[Finding]
             )
 
 
-def name_findings(
-    facts: Mapping[int, Facts], hosts: Sequence[str], uses_gloo: bool
-) -> Iterator[Finding]:
+def name_findings(facts: Mapping[int, Facts], hosts: Sequence[str]) -> Iterator[Finding]:
     """Hosts whose own name means nothing to the others, though gloo gives it to them.
 
     Args:
         facts: Of each rank that answered.
         hosts: Of every rank.
-        uses_gloo: Whether a run does.
     """
     odd: dict[str, list[str]] = {}
     for host in dict.fromkeys(hosts[rank] for rank in facts):
@@ -360,7 +357,4 @@ def name_findings(
             "(slurm/cluster.env), or take the name off the 127.x line of /etc/hosts (Debian writes "
             "127.0.1.1 there)"
         )
-        if uses_gloo:
-            yield Finding("PROBLEM", text, fix)
-        else:
-            yield Finding("note", f"{text}; this run uses none")
+        yield Finding("note", f"{text}; if the all-reduce over gloo does not work: {fix}")

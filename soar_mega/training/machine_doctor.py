@@ -110,7 +110,7 @@ class _Visit:
         """Exit code."""
         if self._meet():
             self._machines()
-            if over := self._agreed("all-reduce", self._reduces_over()):
+            for over in self._agreed("all-reduce", self._reduces_over()) or []:
                 self._all_reduce(over)
             if self._agreed("configuration", self._config is not None):
                 try:
@@ -243,7 +243,7 @@ class _Visit:
         self._say(
             *version_findings(facts, self._hosts, _needs(config)),
             *gpu_findings(facts, self._hosts, device),
-            *name_findings(facts, self._hosts, _uses_gloo(config, facts)),
+            *(name_findings(facts, self._hosts) if _uses_gloo(config, facts) else ()),
         )
         refused = {rank: a["refused"] for rank, a in answers.items() if a["refused"]}
         self._say(*self._refusals("configuration", refused))
@@ -263,13 +263,15 @@ class _Visit:
         elif config is not None:
             self._say(Finding("ok", f"configuration: {self._settings[0]} is valid"))
 
-    def _reduces_over(self) -> str | None:
-        """NCCL or gloo; None where some rank could not take part."""
+    def _reduces_over(self) -> list[str]:
+        """What a run uses of NCCL and gloo; nothing where some rank could not take part."""
         gpus = [finding for finding in self._told if finding.text.startswith("GPUs: ")]
         if self._process.world_size == 1 or self._roll.silent or sick(gpus):
-            return None
+            return []
         on_cpu = self._config is not None and self._config.run.device == "cpu"
-        return "gloo" if on_cpu or self._facts is None or not self._facts.gpus else "NCCL"
+        if on_cpu or self._facts is None or not self._facts.gpus:
+            return ["gloo"]
+        return ["NCCL", "gloo"] if _uses_gloo(self._config, {0: self._facts}) else ["NCCL"]
 
     def _all_reduce(self, over: str) -> None:
         from soar_mega.launch.all_reduce import all_reduce, all_reduce_findings
@@ -280,11 +282,11 @@ class _Visit:
         def reduce() -> dict[str, Any]:
             import torch.distributed as dist
 
-            store = dist.PrefixStore("all-reduce", self._roll.connect())
+            store = dist.PrefixStore(f"all-reduce over {over}", self._roll.connect())
             # Its own end, later than ours, would be an abort.
             return all_reduce(store, process.rank, process.world_size, gpu, 2 * limit_s)
 
-        answers = self._ask("all-reduce", reduce, limit_s)
+        answers = self._ask(f"all-reduce over {over}", reduce, limit_s)
         if self._first and len(answers) == process.world_size:
             self._say(all_reduce_findings(answers, self._hosts, over))
 
@@ -367,9 +369,10 @@ class _Visit:
 
 
 _FIXES = {
-    "all-reduce": "look for what NCCL says with NCCL_DEBUG=INFO; set NCCL_SOCKET_IFNAME and "
-    "GLOO_SOCKET_IFNAME to the network between the nodes (slurm/cluster.env), and let all ports "
-    "through between them",
+    "all-reduce over NCCL": "look for what it says with NCCL_DEBUG=INFO; set NCCL_SOCKET_IFNAME to "
+    "the network between the nodes (slurm/cluster.env), and let all ports through between them",
+    "all-reduce over gloo": "set GLOO_SOCKET_IFNAME to the network between the nodes "
+    "(slurm/cluster.env), and let all ports through between them",
 }
 
 

@@ -22,7 +22,7 @@ from soar_mega.telemetry.metrics import read_metrics
 from tests.runs import REPOSITORY, Tiny, assert_same_state, checkpoint, metrics
 from tests.system.slurm_cluster import Job, SlurmCluster, slurm_cluster, why_not
 
-STEPS = 16
+STEPS = 8
 LAYOUT = (
     "parallel.tensor_model_parallel_size=2",
     "parallel.pipeline_model_parallel_size=2",
@@ -117,7 +117,13 @@ def site(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]
 
 
 def long_run(*more: str) -> list[str]:
-    return [*LAYOUT, f"train.max_train_steps={STEPS}", "checkpoint.checkpointing_steps=4", *more]
+    return [
+        *LAYOUT,
+        f"train.max_train_steps={STEPS}",
+        "train.global_batch_size=4",
+        "checkpoint.checkpointing_steps=2",
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -146,13 +152,13 @@ def test_slurm_trains_on_two_nodes(site: Site, unbroken: Path) -> None:
 def test_slurm_requeue_signal_and_a_killed_node(site: Site, unbroken: Path) -> None:
     """One job through all three, to the result of the unbroken one."""
     job = site.train("broken", *long_run())
-    site.until_step("broken", 2)
+    site.until_step("broken", 1)
     site.cluster.run("scontrol", "requeue", job)
     site.until_restart(job, "broken", 1)
-    site.until_step("broken", 6)
+    site.until_step("broken", 3)
     site.cluster.run("scancel", "--signal=USR1", job)
-    site.until_restart(job, "broken", 2)
-    site.until_step("broken", 10)
+    site.until_restart(job, "broken", 1)
+    site.until_step("broken", 5)
     victims = site.cluster.tasks(job, node=1)
     assert len(victims) == 2
     for process in victims:
@@ -167,9 +173,10 @@ def test_slurm_requeue_signal_and_a_killed_node(site: Site, unbroken: Path) -> N
     assert_equal(site.run_dir("broken"), unbroken)
 
 
+@pytest.mark.full
 def test_slurm_torchrun(site: Site, unbroken: Path) -> None:
     job = site.train("agents", *long_run(), LAUNCHER="torchrun")
-    site.until_step("agents", 6)
+    site.until_step("agents", 3)
     site.cluster.run("scancel", "--signal=USR1", job)
     assert site.wait(job, "agents").restarts == 1
     assert "saved after a signal (75)" in site.log("agents")
@@ -201,15 +208,15 @@ def test_slurm_crashes_at_one_step(site: Site, faulty: str) -> None:
     job = site.train(
         "crashing",
         "train.max_train_steps=3",
-        "train.max_starts_without_progress=2",
+        "train.max_starts_without_progress=1",
         options=ONE,
         VENV=faulty,
         POISON="killed:2",
     )
     after = dependent(site, job)
-    assert site.wait(job, "crashing", "FAILED", 93).restarts == 2
+    assert site.wait(job, "crashing", "FAILED", 93).restarts == 1
     log = site.log("crashing")
-    assert "do not restart (93)" in log and "max_starts_without_progress = 2" in log
+    assert "do not restart (93)" in log and "max_starts_without_progress = 1" in log
     site.cluster.until(lambda: site.cluster.job(after).state == "CANCELLED", "the chain's end")
 
 
