@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from soar_mega import hub
-from soar_mega.checkpoint import store
+from soar_mega.checkpoint import offline
 from soar_mega.checkpoint.diffusers_map import POSITION, Entry, mapping
 from soar_mega.checkpoint.errors import CheckpointError, listing
+from soar_mega.checkpoint.folders import find
 from soar_mega.checkpoint.importer import LINEAGE, Weights, kind_of
+from soar_mega.checkpoint.manifest import verify
 from soar_mega.checkpoint.model_card import lineage_record, model_card
 from soar_mega.checkpoint.original_map import original_keys
 from soar_mega.checkpoint.raw_tensors import read_ahead, regions
@@ -60,7 +62,7 @@ def export(
         CheckpointError: ``out`` is not empty; the checkpoint is damaged or lacks tensors or facts;
             the base is no complete pipeline folder. Nothing is left behind.
     """
-    checkpoint, out = store.find(checkpoint), Path(out).resolve()
+    checkpoint, out = find(checkpoint), Path(out).resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists and is not empty: choose another folder or remove it")
     state, extra, weights = _open(checkpoint, weights)
@@ -113,7 +115,7 @@ def export_single_file(
     Raises:
         CheckpointError: As ``export``.
     """
-    checkpoint, out = store.find(checkpoint), Path(out).resolve()
+    checkpoint, out = find(checkpoint), Path(out).resolve()
     if out.exists() or out.suffix != ".safetensors":
         raise CheckpointError(f"{out} must be the name of a .safetensors file that does not exist")
     state, extra, weights = _open(checkpoint, weights)
@@ -144,7 +146,7 @@ def export_single_file(
 
 
 def _in_file_order(
-    shape: tuple[int, ...], swapped: bool, state: store.StateReader, name: str
+    shape: tuple[int, ...], swapped: bool, state: offline.StateReader, name: str
 ) -> Iterator[tuple[slice, ...]]:
     """Regions of a stored tensor, in the order in which the file has their elements."""
     itemsize = state.dtypes[name].itemsize
@@ -157,13 +159,15 @@ def _in_file_order(
             yield (slice(first.start + start, first.stop + start), *rest)
 
 
-def _open(checkpoint: Path, weights: Weights) -> tuple[store.StateReader, dict[str, Any], Weights]:
+def _open(
+    checkpoint: Path, weights: Weights
+) -> tuple[offline.StateReader, dict[str, Any], Weights]:
     """Reader, ``trainer.json`` and the kind of weights of a checkpoint whose files are whole."""
-    damage = store.verify(checkpoint)
+    damage = verify(checkpoint)
     if damage:
         raise CheckpointError(f"the checkpoint {checkpoint} is damaged:" + listing("files", damage))
-    extra = store.read_extra(checkpoint)
-    return store.StateReader(checkpoint), extra, kind_of(extra, weights)
+    extra = offline.read_extra(checkpoint)
+    return offline.StateReader(checkpoint), extra, kind_of(extra, weights)
 
 
 def _transformer_config(extra: Mapping[str, Any], checkpoint: Path) -> MMDiTConfig:
@@ -175,12 +179,12 @@ def _transformer_config(extra: Mapping[str, Any], checkpoint: Path) -> MMDiTConf
 
 
 def _sources(
-    state: store.StateReader, config: MMDiTConfig, weights: Weights, checkpoint: Path
+    state: offline.StateReader, config: MMDiTConfig, weights: Weights, checkpoint: Path
 ) -> list[tuple[str, Entry]]:
     """Stored name and entry of every tensor to write, checked for presence and shape."""
-    prefix = store.EMA if weights == "ema" else store.MODEL
+    prefix = offline.EMA if weights == "ema" else offline.MODEL
     sources = [
-        ((store.MODEL if name == POSITION else prefix) + name, entry)
+        ((offline.MODEL if name == POSITION else prefix) + name, entry)
         for name, entry in mapping(config).items()
     ]
     missing = [name for name, _ in sources if name not in state.shapes]
@@ -230,7 +234,7 @@ def _write_config(path: Path, config: MMDiTConfig) -> None:
 
 def _write_weights(
     folder: Path,
-    state: store.StateReader,
+    state: offline.StateReader,
     sources: list[tuple[str, Entry]],
     dtype: torch.dtype | None,
     max_shard_bytes: int,
@@ -251,7 +255,7 @@ def _write_weights(
             writer.write(key, piece.to(plan[key][1]))
 
 
-def _pieces(state: store.StateReader, name: str, entry: Entry, number: int) -> Iterator[Tensor]:
+def _pieces(state: offline.StateReader, name: str, entry: Entry, number: int) -> Iterator[Tensor]:
     """The elements of one of an entry's diffusers tensors, row-major, in pieces of some MiB."""
     shape, itemsize = state.shapes[name], state.dtypes[name].itemsize
     if len(entry.keys) == 1:  # a reshaped tensor has the same elements in the same order
@@ -263,9 +267,9 @@ def _pieces(state: store.StateReader, name: str, entry: Entry, number: int) -> I
         yield state.read(name, region)
 
 
-def _position_dtype(state: store.StateReader, dtype: torch.dtype | None) -> torch.dtype:
+def _position_dtype(state: offline.StateReader, dtype: torch.dtype | None) -> torch.dtype:
     """``dtype`` if the position table loses no bit in it, else the stored one."""
-    name = store.MODEL + POSITION
+    name = offline.MODEL + POSITION
     stored = state.dtypes[name]
     if dtype is None:
         return stored

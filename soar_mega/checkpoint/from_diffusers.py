@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from soar_mega.checkpoint import store
+from soar_mega.checkpoint import offline
 from soar_mega.checkpoint.diffusers_map import POSITION, Entry, check_keys, mapping
 from soar_mega.checkpoint.errors import CheckpointError
 from soar_mega.checkpoint.hashing import HashAlgorithm
@@ -55,7 +55,7 @@ def convert_from_diffusers(
     check_keys(config, files.shapes, str(files.folder))
     table = mapping(config)
     plan = {
-        store.MODEL + name: (entry.shape, _dtype_of(files, entry, dtype))
+        offline.MODEL + name: (entry.shape, _dtype_of(files, entry, dtype))
         for name, entry in table.items()
     }
     extra = {
@@ -67,13 +67,13 @@ def convert_from_diffusers(
 
     def parts() -> Iterator[Tensor]:
         for name, entry in table.items():
-            kept = plan[store.MODEL + name][1]
+            kept = plan[offline.MODEL + name][1]
             for key in entry.keys:
                 for region in regions(entry.key_shape, files.dtypes[key].itemsize):
                     yield files.read(key, region).to(kept)
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    store.write(out, plan, parts(), extra, algorithm)
+    offline.write(out, plan, parts(), extra, algorithm)
     return out
 
 

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from soar_mega import hub
-from soar_mega.checkpoint import store
 from soar_mega.checkpoint.agree import on_rank_0
-from soar_mega.checkpoint.boxes import BoxedTensor
 from soar_mega.checkpoint.diffusers_map import POSITION, check_keys, mapping
 from soar_mega.checkpoint.errors import CheckpointError, listing
+from soar_mega.checkpoint.folders import find
+from soar_mega.checkpoint.manifest import identity
 from soar_mega.checkpoint.safetensors_files import SafetensorsFolder
 from soar_mega.checkpoint.selection import select_source
 from soar_mega.model.config import MMDiTConfig
@@ -125,6 +125,10 @@ def load_checkpoint_weights(
     Raises:
         CheckpointError: On every rank: see ``store.load``.
     """
+    # Not above: see ``offline``.
+    from soar_mega.checkpoint import store
+    from soar_mega.checkpoint.boxes import BoxedTensor
+
     extra = on_rank_0(mesh, lambda: store.read_extra(path), f"cannot read {path}")
     prefix = store.EMA if kind_of(extra, weights) == "ema" else store.MODEL
     wanted: dict[str, BoxedTensor] = {}
@@ -166,7 +170,7 @@ def load_weights(
     extra = load_checkpoint_weights(path, modules, mesh, weights)
     record = dict(extra.get("lineage", {}))
     parents = record.pop("parents", [])
-    hashed = on_rank_0(mesh, lambda: store.identity(path), what)
+    hashed = on_rank_0(mesh, lambda: identity(path), what)
     here = {"weights": kind_of(extra, weights), "checkpoint": str(path), "hash": hashed}
     return [{**record, **here}, *parents]
 
@@ -205,7 +209,7 @@ def find_weights(source: Path | str) -> Path | None:
             "Face hub, name it in model.pretrained and its commit in model.revision, with "
             "model.init = pretrained"
         )
-    return store.find(source)
+    return find(source)
 
 
 def _parameters(modules: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
