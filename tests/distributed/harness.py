@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import sys
 import tempfile
 import time
@@ -25,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from soar_mega import train as command_line
+from tests.ports import free_port
 
 # Far beyond what any case takes on two free cores; a busy machine takes several times as long.
 _TIMEOUT_S = 300
@@ -170,9 +170,7 @@ def running_commands(
         more: For ``prepare``.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = free_port()
     environment = dict(os.environ) | {
         "OMP_NUM_THREADS": "1",
         "WORLD_SIZE": str(world_size),

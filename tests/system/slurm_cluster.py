@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from tests.ports import free_ports
+
 NODES = ("n1", "n2")
 PROGRAMS = ("munged", "mungekey", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "unshare")
 # Debian's places for daemons, which a user's PATH may lack.
@@ -175,7 +177,7 @@ def slurm_cluster() -> Iterator[SlurmCluster]:
         # Sockets' paths are short, and munged asks for a folder that others can enter.
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="slurm-")))
         folder.chmod(0o755)
-        controller_port, *ports = _free_ports(1 + len(NODES))
+        controller_port, *ports = free_ports(1 + len(NODES))
         _write_configuration(folder, controller_port, ports)
         cluster = SlurmCluster(folder)
         socket_, key = folder / "munge.socket", folder / "munge.key"
@@ -219,14 +221,6 @@ def _write_configuration(folder: Path, controller_port: int, ports: list[int]) -
     (folder / "hosts").write_text(known + "".join(f"\n127.0.0.1 {node}" for node in NODES) + "\n")
     for name in ("state", *(f"spool-{node}" for node in NODES)):
         (folder / name).mkdir()
-
-
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from soar_mega.launch.environment import ProcessEnvironment
+from tests.ports import free_port
 from tests.runs import REPOSITORY, Tiny, assert_nothing_written
 
 # Seconds for late ones; a rank is at its port within that on a busy machine, too.
@@ -93,12 +94,6 @@ def doctor(
         Ended(process.returncode, out, err, took)
         for process, (out, err) in zip(processes, outputs, strict=True)
     ]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_a_job_that_is_well(tiny: Tiny, tmp_path: Path) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from tests.ports import free_port
 from tests.runs import REPOSITORY, Tiny
 
 TIMEOUT_S = 15.0
@@ -22,12 +22,6 @@ TENSOR_PEER = (
     "process {rank} (pipeline rank {pipeline}, tensor-parallel rank 0) was in the backward of pass "
     "aux0, microbatch 1: waiting for tensor-parallel peers: "
 )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def start(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.ports import free_port
 from tests.slurm_jobs import FakeCluster
 
 TERMINATED = -15  # Slurm's end of a job that is requeued
@@ -126,9 +126,3 @@ def children(pid: int) -> list[int]:
         for file in Path(f"/proc/{pid}/task").glob("*/children")
         for child in file.read_text().split()
     ]
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])

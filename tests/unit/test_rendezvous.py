@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
 from datetime import timedelta
 
 import pytest
@@ -13,16 +12,9 @@ from torch.distributed import TCPStore
 
 from soar_mega.launch.environment import ProcessEnvironment
 from soar_mega.launch.rendezvous import RendezvousError, open_store
+from tests.ports import free_ports
 
 LIMIT, SOON = timedelta(seconds=30), timedelta(seconds=0.5)
-
-
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
 
 
 def place(rank: int, ports: list[int], job: str = "job 7") -> ProcessEnvironment:
