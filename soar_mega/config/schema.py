@@ -117,6 +117,10 @@ class PrecisionConfig(Section):
 class OptimizerConfig(Section):
     """AdamW and the learning-rate schedule."""
 
+    name: Literal["adamw", "apex_fused_adam", "te_fused_adam"] = Field(
+        "adamw",
+        description="Whose AdamW: torch's fused one, NVIDIA apex' or Transformer Engine's (CUDA).",
+    )
     learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment.")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="Decay of the second moment.")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import os
 import platform
 import socket
@@ -16,17 +14,11 @@ import soar_mega
 from soar_mega.launch.addresses import only_loopback, resolve
 from soar_mega.launch.environment import ProcessEnvironment
 from soar_mega.launch.findings import Finding, ranks_at
+from soar_mega.launch.optional import OPTIONAL, find, is_there
 from soar_mega.launch.provenance import git_state, package_versions
 
 _NEEDED = ("torch", "diffusers", "transformers", "webdataset")
 _SHOWN = ("Python", "torch", "CUDA", "NCCL", "diffusers", "transformers", "webdataset")
-# Import name -> name in messages and of the distribution, and how to get it.
-_OPTIONAL = {
-    "transformer_engine": ("Transformer Engine", "install soar-mega[gpu]"),
-    "apex": ("apex", "build NVIDIA's apex from source"),
-    "nvidia.dali": ("DALI", "install soar-mega[dali]"),
-    "wandb": ("wandb", "install soar-mega[wandb]"),
-}
 # What others may hold of a GPU that is called free.
 _BUSY_SHARE = 0.1
 _GIB = 2**30
@@ -107,8 +99,8 @@ def look(process: ProcessEnvironment) -> Facts:
     return Facts(
         process.local_rank,
         versions,
-        [name for name in _OPTIONAL if _is_there(name)],
-        _find("apex") is not None and not _is_there("apex"),
+        [name for name in OPTIONAL if is_there(name)],
+        find("apex") is not None and not is_there("apex"),
         gpus,
         own,
         error,
@@ -137,26 +129,6 @@ def _gpus(asked: set[int | None] | None) -> list[Gpu]:
         capability = f"{facts.major}.{facts.minor}"
         found.append(Gpu(facts.name, str(facts.uuid), capability, facts.total_memory, free))
     return found
-
-
-def _find(name: str) -> list[str] | None:
-    """Folders of a package, without importing it; None: it is not there."""
-    parent, _, child = name.rpartition(".")
-    if not parent:
-        spec = importlib.util.find_spec(name)
-        return None if spec is None else list(spec.submodule_search_locations or [])
-    folders = [Path(folder) / child for folder in _find(parent) or []]
-    return [str(folder) for folder in folders if folder.is_dir()] or None
-
-
-def _is_there(name: str) -> bool:
-    """Whether an optional package is installed. The apex of PyPI is something else entirely."""
-    folders = _find(name)
-    if folders is None:
-        return False
-    return name != "apex" or any(
-        (Path(folder) / "optimizers" / "fused_adam.py").is_file() for folder in folders
-    )
 
 
 def version_findings(
@@ -202,7 +174,7 @@ def _optional_findings(
     facts: Mapping[int, Facts], hosts: Sequence[str], needs: Mapping[str, str]
 ) -> Iterator[Finding]:
     absent, there = [], []
-    for name, (shown, way) in _OPTIONAL.items():
+    for name, (shown, way) in OPTIONAL.items():
         without = [rank for rank, one in facts.items() if name not in one.optional]
         if not without:
             there.append(shown)

@@ -389,6 +389,9 @@ def _needs(config: Config | None) -> dict[str, str]:
     needs = {}
     if config is not None and config.data.decoder == "dali":
         needs["nvidia.dali"] = "data.decoder = dali"
+    if config is not None and config.optimizer.name != "adamw":
+        package = "apex" if config.optimizer.name == "apex_fused_adam" else "transformer_engine"
+        needs[package] = f"optimizer.name = {config.optimizer.name}"
     if config is not None and config.logging.wandb_project is not None:
         needs["wandb"] = f"logging.wandb_project = {config.logging.wandb_project}"
     return needs

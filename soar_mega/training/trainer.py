@@ -25,6 +25,7 @@ from soar_mega.telemetry.flops import (
 )
 from soar_mega.training import notes
 from soar_mega.training.health import SickRunError
+from soar_mega.training.optimizer import check_optimizer
 from soar_mega.training.reporter import Reporter
 from soar_mega.training.requests import Requests
 from soar_mega.training.setup import (
@@ -68,6 +69,7 @@ def _train(
     device = device_of(config, process)
     problem = checked = None
     try:
+        check_optimizer(config.optimizer, device)
         checked = check(config, process)
     except (ValueError, OSError) as error:
         problem = str(error)
