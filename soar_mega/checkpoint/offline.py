@@ -105,7 +105,7 @@ def write(
         shutil.rmtree(temporary)
     try:
         (temporary / "state").mkdir(parents=True)
-        file = DataFile(temporary / "state" / name, plan, algorithm)
+        file = DataFile(temporary / "state" / name, plan, algorithm, direct=True)
         try:
             for part in read_ahead(parts):
                 file.write(part)

@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from soar_mega.checkpoint.direct_file import create
 from soar_mega.checkpoint.errors import CheckpointError
 from soar_mega.checkpoint.raw_tensors import DTYPES, as_bytes, header, read_box, write_all
 from soar_mega.checkpoint.synced import write_text
@@ -169,15 +170,17 @@ class StreamWriter:
 
     def _begin(self, number: int) -> None:
         self._close()
-        head, _ = header({key: self.plan[key] for key in self._shards[number]})
+        keys = self._shards[number]
+        head, _ = header({key: self.plan[key] for key in keys})
         path = self.place if self._single else self.place / self._name(number)
-        self._file = path.open("wb", buffering=0)
+        self._file = create(path, len(head) + sum(map(self._size, keys)))
         write_all(self._file, head)
         self._open_number = number
 
     def _close(self) -> None:
         if self._file is not None:
             with self._file:
+                self._file.flush()
                 os.fsync(self._file.fileno())
             self._file = None
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from soar_mega.checkpoint.direct_file import create
 from soar_mega.checkpoint.errors import CheckpointError
 from soar_mega.checkpoint.hashing import new_hash
 from soar_mega.checkpoint.raw_tensors import (
@@ -130,6 +131,7 @@ class DataFile:
         path: The file.
         plan: Key -> (shape, dtype) of each box, in writing order.
         algorithm: Of the hash.
+        direct: Past the page cache, if it gets large.
 
     Attributes:
         starts: Key -> first byte in the file.
@@ -141,12 +143,14 @@ class DataFile:
         path: Path,
         plan: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
         algorithm: str,
+        *,
+        direct: bool = False,
     ) -> None:
         head, self.starts = header(plan)
         self._end = len(head) + sum(math.prod(s) * d.itemsize for s, d in plan.values())
         self._hash = new_hash(algorithm)
         self.written = 0
-        self._file = path.open("wb", buffering=0)
+        self._file = create(path, self._end) if direct else path.open("wb", buffering=0)
         self._put(memoryview(head))
 
     def write(self, tensor: Tensor) -> None:
@@ -168,6 +172,7 @@ class DataFile:
         with self._file:
             if self.written != self._end:
                 raise ValueError(f"{self.written} of {self._end} planned bytes were written")
+            self._file.flush()
             os.fsync(self._file.fileno())
         return self.written, self._hash.hexdigest()
 
