@@ -7,11 +7,17 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from soar_mega.checkpoint import direct_file
 from soar_mega.checkpoint.direct_file import create
+from soar_mega.checkpoint.exporter import export
+from soar_mega.checkpoint.from_diffusers import convert_from_diffusers
+from soar_mega.checkpoint.manifest import verify
+from tests.runs import Tiny
 
 
 @pytest.fixture(autouse=True)
@@ -85,3 +91,14 @@ def test_small_files_go_through_the_page_cache(
     with create(tmp_path / "file", 10) as file:
         file.write(b"0123456789")
     assert not isinstance(file, direct_file._DirectFile)
+
+
+def test_converters_write_the_same_files(folder: Path, tiny: Tiny) -> None:
+    transformer = tiny.pretrained / "transformer"
+    ours = convert_from_diffusers(transformer, folder / "ours")
+    export(ours, folder / "back", transformer_only=True)
+    (source,) = transformer.glob("*.safetensors")
+    kept, got = load_file(source), load_file(folder / "back" / source.name)
+    assert kept.keys() == got.keys()
+    assert all(torch.equal(kept[key], got[key]) for key in kept)
+    assert not verify(ours)
