@@ -143,9 +143,14 @@ class SlurmCluster:
         deadline = time.monotonic() + seconds
         while not what():
             if time.monotonic() > deadline:
-                queue = self.run("scontrol", "show", "job")
-                raise AssertionError(f"{name} did not come within {seconds:g} s:\n{queue}")
+                raise AssertionError(f"{name} did not come within {seconds:g} s:\n{self._queue()}")
             time.sleep(0.1)
+
+    def _queue(self) -> str:
+        try:
+            return self.run("scontrol", "show", "job")
+        except AssertionError as error:
+            return str(error)
 
     def tasks(self, number: str, node: int) -> list[int]:
         """Process ids of the running step of a job on a node (0 or 1)."""
@@ -170,9 +175,17 @@ def _processes() -> Iterator[tuple[int, dict[str, str]]]:
             yield int(entry.name), {name: value for name, _, value in pairs}
 
 
+class NoClusterError(RuntimeError):
+    """Its daemons do not start on this machine."""
+
+
 @contextmanager
 def slurm_cluster() -> Iterator[SlurmCluster]:
-    """Start the cluster; its processes and those of its jobs are gone afterwards."""
+    """Start the cluster; its processes and those of its jobs are gone afterwards.
+
+    Raises:
+        NoClusterError: It does not start.
+    """
     with ExitStack() as stack:
         # Sockets' paths are short, and munged asks for a folder that others can enter.
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="slurm-")))
@@ -180,20 +193,24 @@ def slurm_cluster() -> Iterator[SlurmCluster]:
         controller_port, *ports = free_ports(1 + len(NODES))
         _write_configuration(folder, controller_port, ports)
         cluster = SlurmCluster(folder)
-        socket_, key = folder / "munge.socket", folder / "munge.key"
-        subprocess.run(
-            ["mungekey", "--create", f"--keyfile={key}"], env={"PATH": _PATH}, check=True
-        )
-        munged = f"munged --foreground --force --socket={socket_} --key-file={key}"
-        files = {"pid": "munged.pid", "log": "munged.log", "seed": "munged.seed"}
-        munged += "".join(f" --{what}-file={folder / name}" for what, name in files.items())
-        stack.enter_context(_daemon(cluster, "munged", munged))
-        cluster.until(socket_.exists, "munged", 20)
-        stack.enter_context(_daemon(cluster, "slurmctld", "slurmctld -D"))
-        for node in NODES:
-            stack.enter_context(_daemon(cluster, node, f"slurmd -D -N {node}"))
-        stack.callback(_end_jobs, cluster)
-        cluster.until(lambda: _idle(cluster), "two idle nodes", 40)
+        try:
+            socket_, key = folder / "munge.socket", folder / "munge.key"
+            subprocess.run(
+                ["mungekey", "--create", f"--keyfile={key}"], env={"PATH": _PATH}, check=True
+            )
+            munged = f"munged --foreground --force --socket={socket_} --key-file={key}"
+            files = {"pid": "munged.pid", "log": "munged.log", "seed": "munged.seed"}
+            munged += "".join(f" --{what}-file={folder / name}" for what, name in files.items())
+            stack.enter_context(_daemon(cluster, "munged", munged))
+            cluster.until(socket_.exists, "munged", 20)
+            stack.enter_context(_daemon(cluster, "slurmctld", "slurmctld -D"))
+            for node in NODES:
+                stack.enter_context(_daemon(cluster, node, f"slurmd -D -N {node}"))
+            stack.callback(_end_jobs, cluster)
+            cluster.until(lambda: _idle(cluster), "two idle nodes", 40)
+        except (AssertionError, OSError, subprocess.SubprocessError) as error:
+            said = "".join(file.read_text()[-500:] for file in sorted(folder.glob("*.out")))
+            raise NoClusterError(f"{error}\n{said}") from error
         yield cluster
 
 
@@ -251,13 +268,17 @@ def _daemon(cluster: SlurmCluster, name: str, command: str) -> Iterator[None]:
 
 
 def _idle(cluster: SlurmCluster) -> bool:
-    states = cluster.run("sinfo", "--noheader", "--format=%D %t").split()
+    try:
+        states = cluster.run("sinfo", "--noheader", "--format=%D %t").split()
+    except AssertionError:  # the controller does not answer yet
+        return False
     return states == [str(len(NODES)), "idle"]
 
 
 def _end_jobs(cluster: SlurmCluster) -> None:
     """No process of a job outlives the cluster."""
-    cluster.run("scancel", "--user=root")
+    with suppress(AssertionError):  # of a controller that never came
+        cluster.run("scancel", "--user=root")
     configuration = str(cluster.folder / "slurm.conf")
     for process, variables in _processes():
         if variables.get("SLURM_CONF") == configuration and "SLURM_JOB_ID" in variables:
