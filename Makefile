@@ -23,7 +23,7 @@ venv: $(DEMO_READY) ## make .venv with what the demo needs
 demo: $(DEMO_READY) ## pretrain, SOAR, export, compare: pictures and a table in OUT (runs/demo)
 	$(BIN)/python tools/demo.py --out "$(OUT)"
 
-test: check ## static checks and the tests, within 30 minutes on 2 cores
+test: check ## static checks and the tests, within 40 minutes on 2 cores
 	$(BIN)/python -m pytest -m "not full"
 
 test-full: check ## static checks and all tests, the long matrices too
