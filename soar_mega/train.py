@@ -7,13 +7,13 @@ import os
 import sys
 
 from soar_mega.config import ConfigError, describe_keys, dump_yaml, load_config
+from soar_mega.launch.environment import is_first_process
 from soar_mega.launch.exit_codes import (
     CONFIG_ERROR,
     DO_NOT_RESTART,
     DONE,
     FAILED,
     REQUEUE,
-    is_first_process,
     write_exit_code,
 )
 from soar_mega.launch.signals import Signals

@@ -23,7 +23,8 @@ import signal
 import sys
 from pathlib import Path
 
-from soar_mega.launch.exit_codes import CONFIG_ERROR, REQUEUE, is_first_process
+from soar_mega.launch.environment import is_first_process
+from soar_mega.launch.exit_codes import CONFIG_ERROR, REQUEUE
 from soar_mega.launch.findings import Finding, sick
 from soar_mega.training.machine_doctor import consult
 

@@ -5,15 +5,9 @@ from __future__ import annotations
 import errno
 import ipaddress
 import socket
-from collections.abc import Mapping
 
 from soar_mega.launch.environment import ProcessEnvironment
 from soar_mega.launch.findings import Finding
-
-
-def host_of(environ: Mapping[str, str]) -> str:
-    """This machine's name, as Slurm's options take it where it is Slurm's."""
-    return environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def resolve(name: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Self
@@ -33,7 +34,7 @@ class ProcessEnvironment:
         master_port: Port on which rank 0 gathers the others.
         launcher: Who started the process.
         spare_ports: Where rank 0 gathers the others if something else has ``master_port``.
-        job: What no other run on these machines has at the same time; empty where nothing tells.
+        job: What no other run on these machines has at the same time, as far as variables tell.
         agent_store: Whether torchrun's agent keeps a store at ``master_port`` for all processes.
     """
 
@@ -93,12 +94,13 @@ class ProcessEnvironment:
             master_address=environ.get("MASTER_ADDR", "127.0.0.1"),
             master_port=_port(environ, 29500),
             launcher="torchrun",
+            job=environ.get("TORCHELASTIC_RESTART_COUNT", ""),
             agent_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         )
 
     @classmethod
     def _slurm(cls, environ: Mapping[str, str]) -> Self:
-        nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
+        nodes = nodes_of(environ)
         world_size = _number(environ, _tasks_variable(environ))
         address = environ.get("MASTER_ADDR") or (first_host(nodes) if nodes else None)
         if address is None:
@@ -127,6 +129,21 @@ class ProcessEnvironment:
             spare_ports=() if given else tuple(derived[1:]),
             job=f"job {job}, step {step}, restart {restarts}",
         )
+
+
+def is_first_process(environ: Mapping[str, str]) -> bool:
+    """Whether this is rank 0, by what launchers set; needs no valid environment."""
+    return environ.get("RANK", environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def host_of(environ: Mapping[str, str]) -> str:
+    """This machine's name, as Slurm's options take it where it is Slurm's."""
+    return environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def nodes_of(environ: Mapping[str, str]) -> str | None:
+    """The nodes of this step in Slurm's short form."""
+    return environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
 
 
 def first_host(nodelist: str) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from soar_mega.launch.environment import is_first_process
 from soar_mega.telemetry.files import write_whole
 
 DONE = 0
@@ -20,11 +21,6 @@ CONFIG_ERROR = 78  # sysexits' EX_CONFIG
 DO_NOT_RESTART = 93
 
 FILE_VARIABLE = "SOAR_MEGA_EXIT_CODE_FILE"
-
-
-def is_first_process(environ: Mapping[str, str]) -> bool:
-    """Whether this is rank 0, by what launchers set; needs no valid environment."""
-    return environ.get("RANK", environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def write_exit_code(code: int, environ: Mapping[str, str]) -> None:

@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from soar_mega.launch.addresses import host_of, resolve, unreachable, unreachable_because
+from soar_mega.launch.addresses import resolve, unreachable, unreachable_because
 from soar_mega.launch.bounded import BEAT_S, Answer, bounded
-from soar_mega.launch.environment import ProcessEnvironment
+from soar_mega.launch.environment import ProcessEnvironment, host_of
 from soar_mega.launch.findings import Finding
 from soar_mega.launch.rendezvous import RendezvousError, open_store
 
@@ -195,7 +195,7 @@ def meet(process: ProcessEnvironment, environ: Mapping[str, str], limit_s: float
                 address, found.port, is_master=False, wait_for_workers=False, timeout=limit
             )
         connected.append(store)
-        return dist.PrefixStore(f"doctor/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        return dist.PrefixStore(f"doctor/{process.job}", store)
 
     connected: list[Store] = []
     return RollCall(connect, process.rank, process.world_size, found.port)

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from soar_mega.config import Config, ConfigError, dump_yaml, load_config
-from soar_mega.launch.addresses import address_problem, host_of
+from soar_mega.launch.addresses import address_problem
 from soar_mega.launch.bounded import bounded
-from soar_mega.launch.environment import ProcessEnvironment
+from soar_mega.launch.environment import ProcessEnvironment, host_of, nodes_of
 from soar_mega.launch.exit_codes import CONFIG_ERROR, FAILED
 from soar_mega.launch.findings import Finding, exit_code, ranks_at, sick, spans
 from soar_mega.launch.machine_facts import (
@@ -189,7 +189,7 @@ class _Visit:
         hosts = list(dict.fromkeys(answers.values()))
         came = ranks_at(answers, self._hosts)
         if missing:
-            nodes = self._environ.get("SLURM_STEP_NODELIST")
+            nodes = nodes_of(self._environ)
             of = f" of {nodes}" if nodes else ""
             text = (
                 f"roll call: {process.world_size - len(answers)} of {process.world_size} ranks did "
@@ -386,12 +386,15 @@ def _uses_gloo(config: Config | None, facts: Mapping[int, Facts]) -> bool:
 
 def _needs(config: Config | None) -> dict[str, str]:
     """Import name of an optional package -> the setting that asks for it."""
-    needs = {}
-    if config is not None and config.data.decoder == "dali":
+    from soar_mega.training.optimizer import package_of
+
+    needs: dict[str, str] = {}
+    if config is None:
+        return needs
+    if config.data.decoder == "dali":
         needs["nvidia.dali"] = "data.decoder = dali"
-    if config is not None and config.optimizer.name != "adamw":
-        package = "apex" if config.optimizer.name == "apex_fused_adam" else "transformer_engine"
+    if (package := package_of(config.optimizer)) is not None:
         needs[package] = f"optimizer.name = {config.optimizer.name}"
-    if config is not None and config.logging.wandb_project is not None:
+    if config.logging.wandb_project is not None:
         needs["wandb"] = f"logging.wandb_project = {config.logging.wandb_project}"
     return needs

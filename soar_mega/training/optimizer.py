@@ -36,19 +36,25 @@ def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
     return config.learning_rate * (config.lr_min_ratio + (1.0 - config.lr_min_ratio) * left)
 
 
+def package_of(config: OptimizerConfig) -> str | None:
+    """The optional package that the chosen AdamW is in."""
+    return None if config.name == "adamw" else _FUSED[config.name][0]
+
+
 def check_optimizer(config: OptimizerConfig, device: torch.device) -> None:
     """Refuse an AdamW that cannot run here.
 
     Raises:
         ConfigError: Its package is not installed, or there is no CUDA.
     """
-    if config.name == "adamw":
+    package = package_of(config)
+    if package is None:
         return
-    package, module = _FUSED[config.name]
     if not is_there(package):
         shown, way = OPTIONAL[package]
+        made = f"{_FUSED[config.name][1]}.FusedAdam"
         raise ConfigError(
-            f"optimizer.name = {config.name} needs {module}.FusedAdam of {shown}, which is not "
+            f"optimizer.name = {config.name} needs {made} of {shown}, which is not "
             f"installed: {way}, or use optimizer.name = adamw"
         )
     if device.type != "cuda":
