@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -25,6 +25,11 @@ class Backend(Protocol):
     """
 
     name: str
+    token_multiple: int
+    """What each rank's tokens are padded to a multiple of; padding is dropped before attention."""
+
+    def for_layer(self, layer: int) -> Backend:
+        """Maker of one block's parts, by the layer's number in the model."""
 
     def column_linear(
         self, weight: ParameterLayout, bias: ParameterLayout, mesh: Mesh, *, sequence_parallel: bool
@@ -47,6 +52,25 @@ class Backend(Protocol):
 
     def attention(self, q_LBHd: Tensor, k_SBHd: Tensor, v_SBHd: Tensor) -> Tensor:
         """Full softmax attention; returns ``(L, B, H * d)``."""
+
+    def precision(self) -> AbstractContextManager[None]:
+        """Context that the blocks' forwards of one pass run in; it asks whether there is a graph.
+
+        Without a graph a pass leaves no trace.
+        """
+
+    def checkpoint(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """``function(*inputs)``, whose backward computes it again; it draws no random numbers."""
+
+    def training_step(self, watch: bool) -> AbstractContextManager[None]:
+        """Context of one training step: weights do not change, gradients were set to zero before.
+
+        Args:
+            watch: Whether to gather ``statistics``.
+        """
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Metric -> 0-d of the last watched step; the largest over ranks is the run's."""
 
     def hold_weight_gradients(self) -> AbstractContextManager[WeightWork]:
         """Context in which a backward leaves the linears' weight gradients undone.

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from soar_mega.backends import WeightWork
 from soar_mega.parallel.collectives import (
@@ -173,9 +174,26 @@ class TorchBackend:
     """See ``Backend``."""
 
     name = "torch"
+    token_multiple = 1
 
     def __init__(self) -> None:
         self._gradients = _WeightGradients()
+
+    def for_layer(self, layer: int) -> TorchBackend:
+        return self
+
+    def precision(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def checkpoint(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        # The model draws no random numbers, so there is no generator state to put back.
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+    def training_step(self, watch: bool) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def statistics(self) -> dict[str, Tensor]:
+        return {}
 
     def hold_weight_gradients(self) -> AbstractContextManager[WeightWork]:
         return self._gradients.hold()

@@ -106,12 +106,55 @@ class ParallelConfig(Section):
 
 
 class PrecisionConfig(Section):
-    """Number formats; master weights and optimizer state are always fp32."""
+    """Number formats and kernels; master weights and optimizer state are always fp32."""
 
     compute_dtype: Literal["bf16", "fp32"] = Field("bf16", description="Weights and activations.")
+    backend: Literal["torch", "te"] = Field(
+        "torch", description="Kernels of the blocks: torch's, or Transformer Engine's (CUDA)."
+    )
+    fp8_recipe: Literal["none", "current", "block", "delayed", "mxfp8"] | None = Field(
+        None,
+        description="FP8 scaling of the blocks' linears (backend te); null: current with te.",
+    )
+    bf16_layers: Annotated[tuple[int, ...], Field(strict=False)] = Field(
+        (), description="Blocks that stay in bf16 beside FP8, by number from 0."
+    )
     grad_reduce_dtype: Literal["fp32", "bf16"] = Field(
         "fp32", description="Gradients while they are summed over data-parallel ranks."
     )
+
+    @property
+    def recipe(self) -> Literal["current", "block", "delayed", "mxfp8"] | None:
+        """The FP8 recipe that is used."""
+        if self.backend == "torch" or self.fp8_recipe == "none":
+            return None
+        return self.fp8_recipe or "current"
+
+    @model_validator(mode="after")
+    def _fp8_is_transformer_engines(self) -> Self:
+        backend, recipe = self.backend, self.fp8_recipe
+        if backend == "torch" and recipe not in (None, "none"):
+            raise broken_rule(
+                f"precision.fp8_recipe = {recipe} needs precision.backend = te, which is torch: "
+                "set it to te, or precision.fp8_recipe to null",
+                "precision.fp8_recipe",
+                "precision.backend",
+            )
+        if backend == "te" and self.compute_dtype != "bf16":
+            raise broken_rule(
+                f"precision.backend = te computes in bf16 and FP8, but precision.compute_dtype = "
+                f"{self.compute_dtype}: set it to bf16, or precision.backend to torch",
+                "precision.compute_dtype",
+                "precision.backend",
+            )
+        if self.bf16_layers and self.recipe is None:
+            raise broken_rule(
+                f"precision.bf16_layers = {list(self.bf16_layers)} excepts blocks from FP8, but "
+                "there is none: set precision.backend=te and an FP8 recipe, or leave it empty",
+                "precision.bf16_layers",
+                "precision.fp8_recipe",
+            )
+        return self
 
 
 class OptimizerConfig(Section):
@@ -237,6 +280,11 @@ class LoggingConfig(Section):
         description="Step whose pipeline actions are timed, to <run.dir>/timeline; null: none.",
     )
     timestep_bins: int = Field(10, ge=1, description="Bins of the training loss by noise level.")
+    fp8_statistics_steps: int | None = Field(
+        100,
+        ge=1,
+        description="Steps between fp8/* metrics (magnitudes, overflow, underflow); null: none.",
+    )
     sample_ids: bool = Field(
         False, description="Write which samples each step trained on, to <run.dir>/sample_ids."
     )
@@ -322,6 +370,26 @@ class Config(Section):
                 f"= {saved}; set it to {saved}",
                 "checkpoint.keep_best",
                 "validation.validation_steps",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _te_recomputes_whole_blocks(self) -> Self:
+        mode, precision = self.train.activation_checkpointing, self.precision
+        keys = ("train.activation_checkpointing", "precision.backend")
+        if precision.backend == "te" and mode == "selective":
+            raise broken_rule(
+                "train.activation_checkpointing = selective picks among torch's operations and "
+                "sees none of Transformer Engine's (precision.backend = te): use none or full",
+                *keys,
+            )
+        if precision.recipe == "delayed" and mode == "full":
+            raise broken_rule(
+                "train.activation_checkpointing = full computes forwards again, which the "
+                "histories of precision.fp8_recipe = delayed would count twice: use none, or "
+                "precision.fp8_recipe = current or block",
+                "train.activation_checkpointing",
+                "precision.fp8_recipe",
             )
         return self
 

@@ -1,7 +1,8 @@
 """Joint attention over image and text tokens, and the image-only one of SD3.5-Medium.
 
 Legend: L image tokens, T text tokens, B samples, D width, H local heads, d head width; ``x_lBD`` is
-one tensor rank's share of the tokens with sequence parallel, all of them without.
+one tensor rank's share of the tokens with sequence parallel, all of them without. Either may have
+padding at the end of all tokens, which is dropped before attention and comes back behind it.
 
 Where the tensor size does not divide the heads, the last ranks have padded heads, whose QKV rows
 and output columns are zeros. They stay so: with zero values and zero output columns every gradient
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from soar_mega.backends import Backend
 from soar_mega.model.config import MMDiTConfig
-from soar_mega.parallel.collectives import pad_tokens, padded_length
+from soar_mega.parallel.collectives import pad_tokens
 from soar_mega.parallel.layout import ParameterLayout
 from soar_mega.parallel.mesh import Mesh
 
@@ -26,7 +27,7 @@ NORM_EPS = 1e-6
 
 @dataclass(frozen=True)
 class Lengths:
-    """Real numbers of tokens, before the padding that sequence parallel needs."""
+    """Real numbers of tokens, without padding."""
 
     image: int
     text: int
@@ -81,10 +82,10 @@ class _Output(nn.Module):
             sequence_parallel=sequence_parallel,
         )
 
-    def forward(self, x_LBD: Tensor) -> Tensor:
-        if self.sequence_parallel:
-            x_LBD = pad_tokens(x_LBD, padded_length(x_LBD.shape[0], self.mesh))
-        return self.projection(x_LBD)
+    def forward(self, x_LBD: Tensor, share: int) -> Tensor:
+        """The stream's tokens, ``share`` of them on each rank, padding included."""
+        ranks = self.mesh.tensor_size if self.sequence_parallel else 1
+        return self.projection(pad_tokens(x_LBD, share * ranks))
 
 
 class JointAttention(nn.Module):
@@ -115,8 +116,10 @@ class JointAttention(nn.Module):
         out_LBD = self.backend.attention(
             torch.cat(queries), torch.cat([k_image, k_text]), torch.cat([v_image, v_text])
         )
-        image_out = self.image_out(out_LBD[: lengths.image])
-        text_out = None if self.text_out is None else self.text_out(out_LBD[lengths.image :])
+        image_out = self.image_out(out_LBD[: lengths.image], image_lBD.shape[0])
+        text_out = None
+        if self.text_out is not None:
+            text_out = self.text_out(out_LBD[lengths.image :], text_tBD.shape[0])
         return image_out, text_out
 
 
@@ -132,4 +135,5 @@ class ImageAttention(nn.Module):
         self.image_out = _Output(config, mesh, backend, sequence_parallel)
 
     def forward(self, image_lBD: Tensor, lengths: Lengths) -> Tensor:
-        return self.image_out(self.backend.attention(*self.image(image_lBD, lengths.image)))
+        out_LBD = self.backend.attention(*self.image(image_lBD, lengths.image))
+        return self.image_out(out_LBD, image_lBD.shape[0])

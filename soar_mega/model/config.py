@@ -84,15 +84,16 @@ class MMDiTConfig:
         Raises:
             ValueError: Names the setting, the value, the rule and the sizes that work.
         """
-        if not self._can_cut(tensor_size):
+        if not self.can_cut(tensor_size):
             heads, works = self.num_attention_heads, range(1, self.num_attention_heads + 1)
             raise ValueError(
                 f"parallel.tensor_model_parallel_size is {tensor_size}, but it must divide the "
                 f"model's width {self.width}, and {-(-heads // tensor_size)} of its {heads} "
                 "attention heads on each rank must leave no rank without: use one of "
-                f"{[n for n in works if self._can_cut(n)]}"
+                f"{[n for n in works if self.can_cut(n)]}"
             )
 
-    def _can_cut(self, tensor_size: int) -> bool:
+    def can_cut(self, tensor_size: int) -> bool:
+        """Whether that many tensor-parallel ranks can share a layer."""
         heads = self.num_attention_heads
         return not self.width % tensor_size and -(-heads // tensor_size) * (tensor_size - 1) < heads

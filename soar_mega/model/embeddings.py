@@ -20,12 +20,14 @@ from soar_mega.parallel.layout import GradientKind, ParameterLayout
 from soar_mega.parallel.mesh import Mesh
 
 
-def own_tokens(x_LBD: Tensor, mesh: Mesh, sequence_parallel: bool) -> Tensor:
-    """This rank's share of tokens that are the same on all tensor ranks and need no gradient."""
-    if not sequence_parallel:
-        return x_LBD
-    x_LBD = pad_tokens(x_LBD, padded_length(x_LBD.shape[0], mesh))
-    return x_LBD.chunk(mesh.tensor_size)[mesh.tensor_rank]
+def own_tokens(x_LBD: Tensor, mesh: Mesh, sequence_parallel: bool, multiple: int) -> Tensor:
+    """This rank's share of tokens that are the same on all tensor ranks and need no gradient.
+
+    Shares are padded with zeros to equal multiples of ``multiple``.
+    """
+    shares = mesh.tensor_size if sequence_parallel else 1
+    x_LBD = pad_tokens(x_LBD, padded_length(x_LBD.shape[0], shares, multiple))
+    return x_LBD.chunk(shares)[mesh.tensor_rank if sequence_parallel else 0]
 
 
 def whole_linear(
@@ -51,6 +53,7 @@ class PatchEmbed(nn.Module):
         self.patch = config.patch_size
         self.max_size = config.pos_embed_max_size
         self.mesh, self.sequence_parallel = mesh, sequence_parallel
+        self.multiple = backend.token_multiple
         kind: GradientKind = "partial" if sequence_parallel else "replicated"
         inputs = config.in_channels * self.patch**2
         self.projection = whole_linear(config.width, inputs, mesh, backend, kind)
@@ -76,7 +79,8 @@ class PatchEmbed(nn.Module):
         table = self.position.view(self.max_size, self.max_size, -1)
         position_L1D = table[top : top + rows, left : left + columns].reshape(rows * columns, 1, -1)
         patches, position = (
-            own_tokens(x, self.mesh, self.sequence_parallel) for x in (patches_LBX, position_L1D)
+            own_tokens(x, self.mesh, self.sequence_parallel, self.multiple)
+            for x in (patches_LBX, position_L1D)
         )
         tokens_lBD = self.projection(patches)
         return tokens_lBD + position.to(tokens_lBD.dtype)
@@ -90,6 +94,7 @@ class TextEmbed(nn.Module):
     ) -> None:
         super().__init__()
         self.mesh, self.sequence_parallel = mesh, sequence_parallel
+        self.multiple = backend.token_multiple
         kind: GradientKind = "partial" if sequence_parallel else "replicated"
         self.projection = whole_linear(
             config.width, config.joint_attention_dim, mesh, backend, kind
@@ -98,7 +103,7 @@ class TextEmbed(nn.Module):
     def forward(self, text_BTE: Tensor) -> Tensor:
         """``(t, B, D)`` tokens."""
         return self.projection(
-            own_tokens(text_BTE.transpose(0, 1), self.mesh, self.sequence_parallel)
+            own_tokens(text_BTE.transpose(0, 1), self.mesh, self.sequence_parallel, self.multiple)
         )
 
 

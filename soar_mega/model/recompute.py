@@ -14,6 +14,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from soar_mega.backends import Backend
+
 
 class Recompute(StrEnum):
     """What a block's backward computes again."""
@@ -41,12 +43,18 @@ def _policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPo
     return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def run_block(recompute: Recompute, block: Callable[..., Any], *inputs: Any) -> Any:
+def run_block(
+    recompute: Recompute, backend: Backend, block: Callable[..., Any], *inputs: Any
+) -> Any:
     """Call ``block(*inputs)``, keeping only what ``recompute`` says for the backward."""
     if recompute is Recompute.NONE or not torch.is_grad_enabled():
         return block(*inputs)
-    # The model draws no random numbers, so there is no generator state to put back.
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    if recompute is Recompute.SELECTIVE:
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-    return checkpoint(block, *inputs, **options)
+    if recompute is Recompute.FULL:
+        return backend.checkpoint(block, *inputs)
+    return checkpoint(
+        block,
+        *inputs,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        context_fn=partial(create_selective_checkpoint_contexts, _policy),
+    )

@@ -51,9 +51,10 @@ class Head(nn.Module):
         p, rows, columns = self.patch, height // self.patch, width // self.patch
         if self.sequence_parallel:
             # Every rank computes the same loss from the gathered output: no sum in the backward.
-            patches = gather_tokens(patches, self.mesh, partial_gradient=False)[: rows * columns]
+            patches = gather_tokens(patches, self.mesh, partial_gradient=False)
         return (
-            patches.view(rows, columns, -1, p, p, self.channels)
+            patches[: rows * columns]
+            .view(rows, columns, -1, p, p, self.channels)
             .permute(2, 5, 0, 3, 1, 4)
             .reshape(-1, self.channels, height, width)
         )
@@ -106,7 +107,7 @@ class MMDiTStage(nn.Module):
         config.check_tensor_parallel(mesh.tensor_size)
         sequence_parallel = sequence_parallel and mesh.tensor_size > 1
         self.config, self.mesh, self.sequence_parallel = config, mesh, sequence_parallel
-        self._backend = backend
+        self.backend = backend
         self.layers = range(config.num_layers) if layers is None else layers
         if not 0 <= self.layers.start < self.layers.stop <= config.num_layers or (
             self.layers.step != 1
@@ -125,7 +126,9 @@ class MMDiTStage(nn.Module):
             self.condition = Conditioning(config, mesh, backend)
         self.blocks = nn.ModuleDict(
             {
-                str(layer): JointBlock(config, layer, mesh, backend, sequence_parallel)
+                str(layer): JointBlock(
+                    config, layer, mesh, backend.for_layer(layer), sequence_parallel
+                )
                 for layer in self.layers
             }
         )
@@ -162,10 +165,9 @@ class MMDiTStage(nn.Module):
             rows, height, width, text_length: See ``PassSize``.
         """
         image_length = height * width // self.config.patch_size**2
+        shares = self.mesh.tensor_size if self.sequence_parallel else 1
         image, text = (
-            padded_length(length, self.mesh) // self.mesh.tensor_size
-            if self.sequence_parallel
-            else length
+            padded_length(length, shares, self.backend.token_multiple) // shares
             for length in (image_length, text_length)
         )
         D = self.config.width
@@ -173,7 +175,7 @@ class MMDiTStage(nn.Module):
 
     def hold_weight_gradients(self) -> AbstractContextManager[WeightWork]:
         """Context of a backward that leaves weight gradients for later: see ``Backend``."""
-        return self._backend.hold_weight_gradients()
+        return self.backend.hold_weight_gradients()
 
     def _blocks(self) -> list[JointBlock]:
         return list(self.blocks.values())  # type: ignore[arg-type]
@@ -193,16 +195,18 @@ class MMDiTStage(nn.Module):
         lengths = Lengths(
             image=size.height * size.width // self.config.patch_size**2, text=size.text_length
         )
-        for index, block in enumerate(self._blocks()):
-            image_lBD, text_tBD = run_block(
-                self.recompute,
-                block,
-                image_lBD,
-                text_tBD,
-                values[2 * index],
-                values[2 * index + 1],
-                lengths,
-            )
+        with self.backend.precision():
+            for index, block in enumerate(self._blocks()):
+                image_lBD, text_tBD = run_block(
+                    self.recompute,
+                    self.backend,
+                    block,
+                    image_lBD,
+                    text_tBD,
+                    values[2 * index],
+                    values[2 * index + 1],
+                    lengths,
+                )
         return Payload(image_lBD, text_tBD, payload.conditioning_BD)
 
     @property

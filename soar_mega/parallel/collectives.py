@@ -140,9 +140,9 @@ def reduce_scatter_tokens(x_LBD: Tensor, mesh: Mesh) -> Tensor:
     return x_LBD if mesh.tensor_size == 1 else _ReduceScatter.apply(x_LBD, mesh)
 
 
-def padded_length(length: int, mesh: Mesh) -> int:
-    """``length`` rounded up so that the tensor ranks' shares are equal."""
-    return -(-length // mesh.tensor_size) * mesh.tensor_size
+def padded_length(length: int, shares: int, multiple: int) -> int:
+    """``length`` rounded up so that ``shares`` equal shares are multiples of ``multiple``."""
+    return -(-length // (shares * multiple)) * shares * multiple
 
 
 def pad_tokens(x_LBD: Tensor, length: int) -> Tensor:

@@ -148,6 +148,18 @@ def own_groups(
     return own
 
 
+def stage_group(mesh: Mesh) -> ProcessGroup | None:
+    """The processes that own the same stages: tensor- and data-parallel; every rank calls it.
+
+    They run the same passes in the same order. None where there is one.
+    """
+    T, D, P = range(mesh.tensor_size), range(mesh.data_size), range(mesh.pipeline_size)
+    if mesh.pipeline_size == 1:
+        return mesh.world_group
+    every = ((p, [mesh.rank_at(t, d, p) for d, t in product(D, T)]) for p in P)
+    return own_groups(every, mesh.rank, mesh.timeout).get(mesh.pipeline_rank)
+
+
 def _with_groups(mesh: Mesh) -> Mesh:
     """The mesh with a group for each of its dimensions; every rank calls it."""
     T, D, P = range(mesh.tensor_size), range(mesh.data_size), range(mesh.pipeline_size)

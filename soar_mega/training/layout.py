@@ -8,6 +8,7 @@ from soar_mega.model.config import MMDiTConfig
 from soar_mega.pipeline.schedules import virtual_stages
 from soar_mega.pipeline.stages import check_stages, cut_layers, given_layout
 from soar_mega.telemetry.flops import block_flops, embedding_flops, head_flops
+from soar_mega.training.precision import check_shapes
 
 
 def cut_model(
@@ -66,6 +67,7 @@ def check_layout(config: Config, architecture: MMDiTConfig, world_size: int) -> 
     parallel = config.parallel
     data_size = check_world(config, world_size)
     architecture.check_tensor_parallel(parallel.tensor_model_parallel_size)
+    check_shapes(config, architecture)
     virtual = _virtual(config)
     stages = parallel.pipeline_model_parallel_size * virtual
     check_stages(architecture.num_layers, stages, virtual)

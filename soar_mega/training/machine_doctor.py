@@ -387,6 +387,7 @@ def _uses_gloo(config: Config | None, facts: Mapping[int, Facts]) -> bool:
 def _needs(config: Config | None) -> dict[str, str]:
     """Import name of an optional package -> the setting that asks for it."""
     from soar_mega.training.optimizer import package_of
+    from soar_mega.training.precision import PACKAGE
 
     needs: dict[str, str] = {}
     if config is None:
@@ -395,6 +396,8 @@ def _needs(config: Config | None) -> dict[str, str]:
         needs["nvidia.dali"] = "data.decoder = dali"
     if (package := package_of(config.optimizer)) is not None:
         needs[package] = f"optimizer.name = {config.optimizer.name}"
+    if config.precision.backend == "te":
+        needs[PACKAGE] = "precision.backend = te"
     if config.logging.wandb_project is not None:
         needs["wandb"] = f"logging.wandb_project = {config.logging.wandb_project}"
     return needs

@@ -92,6 +92,7 @@ def beginning(run: Run) -> list[str]:
             f"resumed from {run.resumed.path} at step {run.done_steps} (verified in "
             f"{run.selection.seconds:.1f} s, read in {run.resumed.seconds:.1f} s)"
         )
+        texts += run.resumed.changes
         texts += [
             f"set aside, as its steps are done again: {path}" for path in run.resumed.set_aside
         ]

@@ -8,7 +8,7 @@ Legend: K auxiliary states, G slots of the global batch, B samples of a microbat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -94,3 +94,14 @@ def loss_metrics(
 
 def _ratio(total: Tensor, count: Tensor) -> float:
     return float(total / count) if count > 0 else float("nan")
+
+
+def largest_over_ranks(values: Mapping[str, Tensor], mesh: Mesh) -> dict[str, float]:
+    """Each 0-d value's largest over all processes, which must hold the same names."""
+    if not values:
+        return {}
+    stacked = torch.stack([value.to(mesh.device) for value in values.values()])
+    if mesh.world_group is not None:
+        with waiting_for("every other process, to compare statistics"):
+            dist.all_reduce(stacked, dist.ReduceOp.MAX, group=mesh.world_group)
+    return dict(zip(values, stacked.tolist(), strict=True))

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from soar_mega.checkpoint import store
 from soar_mega.checkpoint.agree import on_rank_0
+from soar_mega.checkpoint.boxes import BoxedTensor
 from soar_mega.checkpoint.errors import CheckpointError
 from soar_mega.checkpoint.selection import Selection, select
 from soar_mega.config import Config, ConfigError
 from soar_mega.parallel.mesh import Mesh
-from soar_mega.training.saving import checkpoints_of, identity_of, state_of
+from soar_mega.training.saving import FP8, checkpoints_of, identity_of, precision_of, state_of
 from soar_mega.training.step import Stepper
 
 
@@ -60,6 +62,7 @@ class Resumed:
         lineage: The recorded ``parents``.
         data: Where the data stood; None if it says nothing.
         health: How the steps went; None if it says nothing.
+        changes: Of number formats since then, in words.
         set_aside: Later checkpoints of the run, under their new names.
         seconds: It took to read the state.
     """
@@ -69,6 +72,7 @@ class Resumed:
     lineage: list[dict[str, Any]]
     data: Any
     health: Any
+    changes: list[str]
     set_aside: list[str]
     seconds: float
 
@@ -92,7 +96,9 @@ def resume(stepper: Stepper, selection: Selection, data_fingerprint: str) -> Res
                 f"checkpoint.resume = {path}: {name} was {before!r} and is now {value!r}: put it "
                 "back, or start a new run with model.init_from"
             )
-    store.load(path, state_of(stepper), mesh)
+    state = state_of(stepper)
+    lost = _lost_scales(path, state, mesh)
+    store.load(path, {name: x for name, x in state.items() if name not in lost}, mesh)
     stepper.optimizer.step = recorded["optimizer_updates"]
     stepper.parameters.publish()
     root, moved = path.resolve().parent, []
@@ -109,9 +115,36 @@ def resume(stepper: Stepper, selection: Selection, data_fingerprint: str) -> Res
         recorded["lineage"]["parents"],
         recorded.get("data"),
         recorded.get("health"),
+        _changes(stepper.config, recorded.get("precision"), bool(lost)),
         moved,
         time.perf_counter() - began,
     )
+
+
+def _lost_scales(path: Path, state: Mapping[str, BoxedTensor], mesh: Mesh) -> set[str]:
+    """What cannot be taken up: another recipe's run has none, or histories of another length."""
+    wanted = {name: tensor.global_shape for name, tensor in state.items() if name.startswith(FP8)}
+    stored = on_rank_0(
+        mesh,
+        lambda: {n: s for n, s in store.StateReader(path).shapes.items() if n.startswith(FP8)},
+        f"cannot resume from {path}",
+    )
+    return {name for name, shape in wanted.items() if stored.get(name) != shape}
+
+
+def _changes(config: Config, before: Any, recalibrates: bool) -> list[str]:
+    now = precision_of(config)
+    changes = [
+        f"{name} was {before[name]} and is now {value}: the loss may step a little"
+        for name, value in now.items()
+        if isinstance(before, dict) and before.get(name, value) != value
+    ]
+    if recalibrates:
+        changes.append(
+            "the checkpoint has no such scales as precision.fp8_recipe = delayed wants: they begin "
+            "at 1 and settle within the first steps"
+        )
+    return changes
 
 
 def _read_record(path: Path) -> dict[str, Any]:

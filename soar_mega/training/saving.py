@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from soar_mega import hub
+from soar_mega.backends.te.scaling import scaling_state
 from soar_mega.checkpoint import store
-from soar_mega.checkpoint.boxes import BoxedTensor
+from soar_mega.checkpoint.boxes import Box, BoxedTensor
 from soar_mega.checkpoint.checkpointer import Checkpointer
 from soar_mega.checkpoint.errors import CheckpointError
 from soar_mega.checkpoint.folders import folder_of
@@ -20,6 +22,7 @@ from soar_mega.config import Config
 from soar_mega.training.step import Stepper
 
 CHECKPOINTS = "checkpoints"
+FP8 = "fp8."
 _POSITION = "patch_embed.position"
 
 
@@ -51,7 +54,25 @@ def state_of(stepper: Stepper) -> dict[str, BoxedTensor]:
             pieces[store.MODEL + _POSITION] = BoxedTensor.whole(
                 table, contribute=first, constant=True
             )
-    return pieces
+    return pieces | _fp8_state(stepper)
+
+
+def _fp8_state(stepper: Stepper) -> dict[str, BoxedTensor]:
+    """Of delayed scaling, where that is used: a flat tensor for each linear, equal on its ranks."""
+    if stepper.config.precision.recipe != "delayed":
+        return {}
+    mesh, found = stepper.mesh, {}
+    for stage in stepper.stages:
+        for name, parts in scaling_state(dict(stage.named_modules())).items():
+            starts = [0, *itertools.accumulate(part.numel() for part in parts)]
+            boxes = [
+                Box((start,), tuple(part.shape), part)
+                for start, part in zip(starts, parts, strict=False)
+            ]
+            found[FP8 + name] = BoxedTensor(
+                (starts[-1],), boxes, contribute=mesh.data_rank == mesh.tensor_rank == 0
+            )
+    return found
 
 
 class Saver:
@@ -123,6 +144,7 @@ class Saver:
                 "max_sequence_length": config.data.max_sequence_length,
             },
             "run": identity_of(config, self._data_fingerprint),
+            "precision": precision_of(config),
             "data": dict(self._data_state()),
             "health": self._stepper.health.state(),
             "validation_loss": validation_loss,
@@ -185,6 +207,15 @@ class Saver:
     def join(self) -> None:
         """Wait for the save under way, without the others; for the way out after an error."""
         self._checkpointer.join()
+
+
+def precision_of(config: Config) -> dict[str, Any]:
+    """What a run's numbers hang on and a resumed one may change."""
+    return {
+        "precision.backend": config.precision.backend,
+        "precision.fp8_recipe": config.precision.recipe or "none",
+        "precision.compute_dtype": config.precision.compute_dtype,
+    }
 
 
 def identity_of(config: Config, data_fingerprint: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from soar_mega import hub
-from soar_mega.backends.torch import TorchBackend
+from soar_mega.backends import Backend
 from soar_mega.checkpoint.importer import (
     ancestors,
     load_diffusers_transformer,
@@ -45,6 +45,7 @@ from soar_mega.pipeline.schedules import build_schedule
 from soar_mega.training.feed import DTYPES, Feed
 from soar_mega.training.health import Health
 from soar_mega.training.layout import check_layout, cut_model
+from soar_mega.training.precision import make_backend
 from soar_mega.training.resuming import Resumed, find, resume
 from soar_mega.training.saving import Saver
 from soar_mega.training.step import Stepper
@@ -249,7 +250,10 @@ def build(config: Config, checked: Checked, device: torch.device) -> Run:
         microbatches=share // config.train.micro_batch_size,
         virtual=parallel.virtual_pipeline_model_parallel_size,
     )
-    stages = _own_stages(config, checked.architecture, facts, mesh, schedule.step.placement)
+    backend = make_backend(config, mesh, schedule)
+    stages = _own_stages(
+        config, checked.architecture, facts, mesh, backend, schedule.step.placement
+    )
     resuming = selection.path is not None
     lineage = [] if resuming else _starting_weights(config, checked.folder, stages, mesh)
     parameters = ShardedParameters(
@@ -295,6 +299,7 @@ def _own_stages(
     architecture: MMDiTConfig,
     facts: ModelFacts,
     mesh: Mesh,
+    backend: Backend,
     placement: Placement,
 ) -> list[MMDiTStage]:
     """The stages this rank owns, by chunk, without weights."""
@@ -302,7 +307,6 @@ def _own_stages(
     image_tokens = height * width // architecture.patch_size**2
     text_tokens = facts.text_tokens(config.data.max_sequence_length)
     cut = cut_model(config, architecture, image_tokens, text_tokens)
-    backend = TorchBackend()
     return [
         MMDiTStage(
             architecture,

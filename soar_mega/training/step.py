@@ -18,7 +18,7 @@ from soar_mega.pipeline.engine import Pipeline
 from soar_mega.pipeline.recorder import Recorder
 from soar_mega.training.health import Health
 from soar_mega.training.optimizer import ShardEMA, ShardOptimizer, learning_rate
-from soar_mega.training.report import loss_metrics
+from soar_mega.training.report import largest_over_ranks, loss_metrics
 
 
 class Stepper:
@@ -79,9 +79,11 @@ class Stepper:
         if self.mesh.data_group is not None:
             with waiting_for("data-parallel peers, to count samples"):
                 dist.all_reduce(counts, group=self.mesh.data_group)
-        terms = self.pipeline.train_step(
-            self.objective, microbatches, self.objective.normaliser(counts), recorder
-        )
+        every, backend = self.config.logging.fp8_statistics_steps, self.stages[0].backend
+        with backend.training_step(watch=every is not None and (step + 1) % every == 0):
+            terms = self.pipeline.train_step(
+                self.objective, microbatches, self.objective.normaliser(counts), recorder
+            )
         gradient = self.parameters.reduce_gradients()
         norm = self.parameters.gradient_norm(gradient)
         metrics = loss_metrics(
@@ -95,6 +97,7 @@ class Stepper:
         )
         lr = learning_rate(self.config.optimizer, step, self.config.train.max_train_steps)
         metrics |= {"optim/grad_norm": float(norm), "optim/lr": lr}
+        metrics |= largest_over_ranks(backend.statistics(), self.mesh)
         # Before clipping, which would make NaN of all weights, and hide a spike.
         if not self.health.judge(metrics["train/loss"], metrics["optim/grad_norm"]):
             return metrics

@@ -26,6 +26,7 @@ from soar_mega.telemetry.flops import (
 from soar_mega.training import notes
 from soar_mega.training.health import SickRunError
 from soar_mega.training.optimizer import check_optimizer
+from soar_mega.training.precision import check_backend
 from soar_mega.training.reporter import Reporter
 from soar_mega.training.requests import Requests
 from soar_mega.training.setup import (
@@ -69,12 +70,15 @@ def _train(
     device = device_of(config, process)
     problem = checked = None
     try:
+        check_backend(config.precision, device)
         check_optimizer(config.optimizer, device)
         checked = check(config, process)
     except (ValueError, OSError) as error:
         problem = str(error)
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch 2.11 asks for it
+        # Of Transformer Engine's attention; read when it is made.
+        os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
         torch.use_deterministic_algorithms(True)
     start_processes(process, device, timeout_of(config))
     agree_on_problem(problem)

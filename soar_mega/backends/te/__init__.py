@@ -1,0 +1,1 @@
+"""The Transformer Engine backend: the blocks' linears in FP8. Needs CUDA."""
