@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from soar_mega.backends.elementwise import Elementwise
 from soar_mega.parallel.layout import ParameterLayout
 from soar_mega.parallel.mesh import Mesh
 
@@ -22,9 +23,14 @@ class Backend(Protocol):
     that faces the residual stream holds one rank's share of the tokens. Weights are ``(out, in)``
     and may be a flattened view of their layout's shape (a fused QKV is laid out ``(3, D, D)``,
     stored ``(3D, D)``).
+
+    Attributes:
+        name: In messages.
+        elementwise: What the model does between linears.
     """
 
     name: str
+    elementwise: Elementwise
 
     def column_linear(
         self, weight: ParameterLayout, bias: ParameterLayout, mesh: Mesh, *, sequence_parallel: bool
@@ -41,9 +47,6 @@ class Backend(Protocol):
 
     def rms_norm(self, weight: ParameterLayout, mesh: Mesh, eps: float) -> nn.Module:
         """RMS norm over the last dimension with a learned weight."""
-
-    def layer_norm(self, x_LBD: Tensor, eps: float) -> Tensor:
-        """Layer norm over the last dimension without weights."""
 
     def attention(self, q_LBHd: Tensor, k_SBHd: Tensor, v_SBHd: Tensor) -> Tensor:
         """Full softmax attention; returns ``(L, B, H * d)``."""

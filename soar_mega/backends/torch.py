@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from soar_mega.backends import WeightWork
+from soar_mega.backends.elementwise import Elementwise
 from soar_mega.parallel.collectives import (
     copy_to_tensor_ranks,
     gather_tokens,
@@ -175,6 +176,7 @@ class TorchBackend:
     name = "torch"
 
     def __init__(self) -> None:
+        self.elementwise = Elementwise()
         self._gradients = _WeightGradients()
 
     def hold_weight_gradients(self) -> AbstractContextManager[WeightWork]:
@@ -197,9 +199,6 @@ class TorchBackend:
 
     def rms_norm(self, weight: ParameterLayout, mesh: Mesh, eps: float) -> nn.Module:
         return _RMSNorm(weight, mesh, eps)
-
-    def layer_norm(self, x_LBD: Tensor, eps: float) -> Tensor:
-        return F.layer_norm(x_LBD, (x_LBD.shape[-1],), eps=eps)
 
     def attention(self, q_LBHd: Tensor, k_SBHd: Tensor, v_SBHd: Tensor) -> Tensor:
         q_BHLd, k_BHSd, v_BHSd = (x.permute(1, 2, 0, 3) for x in (q_LBHd, k_SBHd, v_SBHd))
