@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from soar_mega.backends.elementwise import Elementwise
 from soar_mega.parallel.layout import ParameterLayout
 from soar_mega.parallel.mesh import Mesh
 
@@ -22,11 +23,16 @@ class Backend(Protocol):
     that faces the residual stream holds one rank's share of the tokens. Weights are ``(out, in)``
     and may be a flattened view of their layout's shape (a fused QKV is laid out ``(3, D, D)``,
     stored ``(3D, D)``).
+
+    Attributes:
+        name: In messages.
+        elementwise: What the model does between linears.
+        token_multiple: What each rank's tokens are padded to a multiple of.
     """
 
     name: str
+    elementwise: Elementwise
     token_multiple: int
-    """What each rank's tokens are padded to a multiple of; padding is dropped before attention."""
 
     def for_layer(self, layer: int) -> Backend:
         """Maker of one block's parts, by the layer's number in the model."""
@@ -46,9 +52,6 @@ class Backend(Protocol):
 
     def rms_norm(self, weight: ParameterLayout, mesh: Mesh, eps: float) -> nn.Module:
         """RMS norm over the last dimension with a learned weight."""
-
-    def layer_norm(self, x_LBD: Tensor, eps: float) -> Tensor:
-        """Layer norm over the last dimension without weights."""
 
     def attention(self, q_LBHd: Tensor, k_SBHd: Tensor, v_SBHd: Tensor) -> Tensor:
         """Full softmax attention; returns ``(L, B, H * d)``."""

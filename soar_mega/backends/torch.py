@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from soar_mega.backends import WeightWork
+from soar_mega.backends.elementwise import Elementwise
 from soar_mega.parallel.collectives import (
     copy_to_tensor_ranks,
     gather_tokens,
@@ -177,6 +178,7 @@ class TorchBackend:
     token_multiple = 1
 
     def __init__(self) -> None:
+        self.elementwise = Elementwise()
         self._gradients = _WeightGradients()
 
     def for_layer(self, layer: int) -> TorchBackend:
@@ -215,9 +217,6 @@ class TorchBackend:
 
     def rms_norm(self, weight: ParameterLayout, mesh: Mesh, eps: float) -> nn.Module:
         return _RMSNorm(weight, mesh, eps)
-
-    def layer_norm(self, x_LBD: Tensor, eps: float) -> Tensor:
-        return F.layer_norm(x_LBD, (x_LBD.shape[-1],), eps=eps)
 
     def attention(self, q_LBHd: Tensor, k_SBHd: Tensor, v_SBHd: Tensor) -> Tensor:
         q_BHLd, k_BHSd, v_BHSd = (x.permute(1, 2, 0, 3) for x in (q_LBHd, k_SBHd, v_SBHd))

@@ -6,14 +6,12 @@ the tokens with sequence parallel, all of them without.
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from soar_mega.backends import Backend
 from soar_mega.model.attention import NORM_EPS, ImageAttention, JointAttention, Lengths
 from soar_mega.model.config import MMDiTConfig
-from soar_mega.model.modulation import modulate, modulation_linear
+from soar_mega.model.modulation import modulation_linear
 from soar_mega.parallel.layout import ParameterLayout
 from soar_mega.parallel.mesh import Mesh
 
@@ -27,6 +25,7 @@ class MLP(nn.Module):
         self, config: MMDiTConfig, mesh: Mesh, backend: Backend, sequence_parallel: bool
     ) -> None:
         super().__init__()
+        self.elementwise = backend.elementwise
         D = config.width
         self.up = backend.column_linear(
             ParameterLayout((4 * D, D), 0, "sharded"),
@@ -42,7 +41,7 @@ class MLP(nn.Module):
         )
 
     def forward(self, x_lBD: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x_lBD), approximate="tanh"))
+        return self.down(self.elementwise.gelu(self.up(x_lBD)))
 
 
 class JointBlock(nn.Module):
@@ -57,7 +56,7 @@ class JointBlock(nn.Module):
         sequence_parallel: bool,
     ) -> None:
         super().__init__()
-        self.backend = backend
+        self.elementwise = backend.elementwise
         parts = (config, mesh, backend, sequence_parallel)
         dual, last = config.is_dual(layer), config.is_last(layer)
         D = config.width
@@ -77,9 +76,8 @@ class JointBlock(nn.Module):
         lengths: Lengths,
     ) -> tuple[Tensor, Tensor]:
         """Both streams after the block; the last block returns its text stream unchanged."""
+        ops = self.elementwise
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate, *second = image_modulation
-        image_normed = self.backend.layer_norm(image_lBD, NORM_EPS)
-        text_normed = self.backend.layer_norm(text_tBD, NORM_EPS)
         if self.text_mlp is None:
             text_scale, text_shift = text_modulation
         else:
@@ -87,23 +85,25 @@ class JointBlock(nn.Module):
                 text_modulation
             )
 
-        image_attended, text_attended = self.attention(
-            modulate(image_normed, scale, shift),
-            modulate(text_normed, text_scale, text_shift),
-            lengths,
-        )
-        image_lBD = torch.addcmul(image_lBD, gate, image_attended)
-        if self.dual_attention is not None:
+        if self.dual_attention is None:
+            image_normed = ops.modulated_norm(image_lBD, scale, shift, NORM_EPS)
+        else:
             second_shift, second_scale, second_gate = second
-            attended = self.dual_attention(
-                modulate(image_normed, second_scale, second_shift), lengths
+            image_normed, second_normed = ops.twice_modulated_norm(
+                image_lBD, (scale, shift), (second_scale, second_shift), NORM_EPS
             )
-            image_lBD = torch.addcmul(image_lBD, second_gate, attended)
+        text_normed = ops.modulated_norm(text_tBD, text_scale, text_shift, NORM_EPS)
+
+        image_attended, text_attended = self.attention(image_normed, text_normed, lengths)
+        image_lBD = ops.gated_add(image_lBD, gate, image_attended)
+        if self.dual_attention is not None:
+            attended = self.dual_attention(second_normed, lengths)
+            image_lBD = ops.gated_add(image_lBD, second_gate, attended)
 
         image_lBD = self._mlp(self.image_mlp, image_lBD, mlp_shift, mlp_scale, mlp_gate)
         if self.text_mlp is not None:
             assert text_attended is not None
-            text_tBD = torch.addcmul(text_tBD, text_gate, text_attended)
+            text_tBD = ops.gated_add(text_tBD, text_gate, text_attended)
             text_tBD = self._mlp(
                 self.text_mlp, text_tBD, text_mlp_shift, text_mlp_scale, text_mlp_gate
             )
@@ -112,5 +112,5 @@ class JointBlock(nn.Module):
     def _mlp(
         self, mlp: nn.Module, x_lBD: Tensor, shift: Tensor, scale: Tensor, gate: Tensor
     ) -> Tensor:
-        normed = modulate(self.backend.layer_norm(x_lBD, NORM_EPS), scale, shift)
-        return torch.addcmul(x_lBD, gate, mlp(normed))
+        normed = self.elementwise.modulated_norm(x_lBD, scale, shift, NORM_EPS)
+        return self.elementwise.gated_add(x_lBD, gate, mlp(normed))

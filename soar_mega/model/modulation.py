@@ -50,8 +50,3 @@ def modulations(
     by_rank = all_FB.view(mesh.tensor_size, sum(features), -1)
     parts = by_rank.split(features, dim=1)
     return [part.flatten(0, 1).t().split(width, dim=-1) for part in parts]
-
-
-def modulate(x_LBD: Tensor, scale_BD: Tensor, shift_BD: Tensor) -> Tensor:
-    """``x * (1 + scale) + shift``."""
-    return torch.addcmul(shift_BD, x_LBD, 1 + scale_BD)

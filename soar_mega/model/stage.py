@@ -18,7 +18,7 @@ from soar_mega.model.attention import NORM_EPS, Lengths
 from soar_mega.model.block import JointBlock, Modulation
 from soar_mega.model.config import MMDiTConfig
 from soar_mega.model.embeddings import Conditioning, PatchEmbed, TextEmbed, whole_linear
-from soar_mega.model.modulation import modulate, modulation_linear, modulations
+from soar_mega.model.modulation import modulation_linear, modulations
 from soar_mega.model.payload import PassSize, Payload, PayloadShapes
 from soar_mega.model.recompute import Recompute, run_block
 from soar_mega.parallel.collectives import gather_tokens, padded_length
@@ -46,7 +46,7 @@ class Head(nn.Module):
     def forward(self, image_lBD: Tensor, modulation: Modulation, height: int, width: int) -> Tensor:
         """``(B, C, H, W)``: the velocity, whole on every tensor rank."""
         scale, shift = modulation
-        normed = modulate(self.backend.layer_norm(image_lBD, NORM_EPS), scale, shift)
+        normed = self.backend.elementwise.modulated_norm(image_lBD, scale, shift, NORM_EPS)
         patches = self.projection(normed)
         p, rows, columns = self.patch, height // self.patch, width // self.patch
         if self.sequence_parallel:

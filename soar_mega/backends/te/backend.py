@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from soar_mega.backends import Backend, WeightWork
+from soar_mega.backends.elementwise import Elementwise
 from soar_mega.backends.te.linear import Mode, StepState, TELinear
 from soar_mega.backends.te.recipes import RecipeName, make_recipe, multiple_of
 from soar_mega.backends.te.scaling import untouched
@@ -26,6 +27,8 @@ from soar_mega.backends.te.statistics import Statistics
 from soar_mega.backends.torch import TorchBackend
 from soar_mega.parallel.layout import ParameterLayout
 from soar_mega.parallel.mesh import Mesh, ProcessGroup
+
+_PLAIN = Elementwise()
 
 
 class TEBackend:
@@ -37,6 +40,7 @@ class TEBackend:
         split_backwards: Whether the schedule splits backwards; then it must split all of them.
         amax_group: Delayed scaling takes the largest magnitudes over these processes, which run the
             same passes; None: each for itself.
+        elementwise: What the model does between linears.
 
     Attributes:
         recipe: The recipe object of ``recipe``.
@@ -51,9 +55,11 @@ class TEBackend:
         bf16_layers: Collection[int] = (),
         split_backwards: bool = False,
         amax_group: ProcessGroup | None = None,
+        elementwise: Elementwise = _PLAIN,
     ) -> None:
         self._te = importlib.import_module("transformer_engine.pytorch")
         self._plain = TorchBackend()
+        self.elementwise = elementwise
         self._bf16_layers, self._split_backwards = frozenset(bf16_layers), split_backwards
         self._keeps_history, self._amax_group = recipe == "delayed", amax_group
         self.recipe: Any = None
