@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
-from soar_mega.pipeline.actions import COMPUTE, Action, Kind, Message, Schedule
+from soar_mega.pipeline.actions import COMPUTE, RELEASES, Action, Kind, Message, Schedule
 from soar_mega.pipeline.rendezvous import ScheduleError
 from soar_mega.pipeline.simulator import simulate
 
@@ -93,13 +94,24 @@ def _wrong_work(schedule: Schedule, rank: int) -> Iterator[str]:
 
 
 def _wrong_order(schedule: Schedule, rank: int) -> Iterator[str]:
-    """The first action, and weight gradients in the order of the input gradients, per chunk."""
+    """The first action; per chunk, what comes first, and weight gradients in their order.
+
+    The weight gradient of a chunk's first pass with gradient is the chunk's first: Transformer
+    Engine caches FP8 weights in that pass, and its weight gradient overwrites what is there.
+    """
     step = schedule.step
     compute = [action for action in schedule.actions[rank] if action.kind in COMPUTE]
     first = Action(Kind.FORWARD, step.passes[0].name, 0)
     if compute and compute[0] != first:
         yield f"rank {rank} begins with {compute[0]}, not with {first}"
     for chunk in range(step.placement.chunks):
+        own = [a for a in compute if a.chunk == chunk and step.by_name[a.pass_name].grad]
+        made = [a for a in own if a.kind in RELEASES]
+        if made and made[0] != replace(own[0], kind=made[0].kind):
+            yield (
+                f"rank {rank} begins the training passes of chunk {chunk} with {own[0]}, but its "
+                f"first weight gradient is {made[0]}: it must be that pass's"
+            )
         halves = [
             [(a.pass_name, a.microbatch) for a in compute if a.kind is kind and a.chunk == chunk]
             for kind in (Kind.INPUT_BACKWARD, Kind.WEIGHT_BACKWARD)
