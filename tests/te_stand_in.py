@@ -24,6 +24,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -347,6 +348,9 @@ def modules() -> dict[str, ModuleType]:
     for name, module in found.items():
         module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
         module.__path__ = []
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(found[parent], child, module)
     pytorch = found["transformer_engine.pytorch"]
     for part in (Linear, RMSNorm, DotProductAttention, autocast, checkpoint):
         setattr(pytorch, part.__name__, part)
@@ -359,8 +363,12 @@ def modules() -> dict[str, ModuleType]:
     return found
 
 
-def install() -> World:
-    """In this process, for good; returns a fresh world."""
-    sys.modules.update(modules())
+def install(monkeypatch: pytest.MonkeyPatch | None = None) -> World:
+    """In this process, for good or for a test; returns a fresh world."""
+    for name, module in modules().items():
+        if monkeypatch is None:
+            sys.modules[name] = module
+        else:
+            monkeypatch.setitem(sys.modules, name, module)
     WORLD.__init__()  # type: ignore[misc]
     return WORLD

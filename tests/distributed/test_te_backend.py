@@ -143,15 +143,13 @@ def compare(case: Case) -> None:
     assert len(firsts) == 2 * len(world.linears)
     assert len(backend.statistics()) == (6 if case.recipe else 0)
     if case.recipe == "delayed" and mesh.world_size > 1:
-        assert set(world.reduced) == {
-            stage_group(mesh) if mesh.pipeline_size == 1 else world.reduced[0]
-        }
+        assert set(world.reduced) == {backend.amax_group}
         states = [linear.fp8_meta["scaling_fwd"] for linear in world.linears]
         for state in states:
             assert state.amax_history.any()
             largest = state.amax_history.clone()
             torch.distributed.all_reduce(
-                largest, torch.distributed.ReduceOp.MAX, group=world.reduced[0]
+                largest, torch.distributed.ReduceOp.MAX, group=backend.amax_group
             )
             assert torch.equal(largest, state.amax_history)
 

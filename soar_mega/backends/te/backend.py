@@ -44,6 +44,7 @@ class TEBackend:
 
     Attributes:
         recipe: The recipe object of ``recipe``.
+        amax_group: As given.
     """
 
     name = "te"
@@ -61,7 +62,7 @@ class TEBackend:
         self._plain = TorchBackend()
         self.elementwise = elementwise
         self._bf16_layers, self._split_backwards = frozenset(bf16_layers), split_backwards
-        self._keeps_history, self._amax_group = recipe == "delayed", amax_group
+        self._keeps_history, self.amax_group = recipe == "delayed", amax_group
         self.recipe: Any = None
         if recipe is not None:
             self.recipe = make_recipe(recipe, reduce_amax=amax_group is not None)
@@ -137,7 +138,7 @@ class TEBackend:
             yield
             return
         with self._te.autocast(
-            enabled=True, recipe=self.recipe, amax_reduction_group=self._amax_group
+            enabled=True, recipe=self.recipe, amax_reduction_group=self.amax_group
         ):
             if self._keeps_history and not torch.is_grad_enabled():
                 with untouched(self._linears):
