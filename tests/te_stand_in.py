@@ -157,6 +157,7 @@ class Linear(nn.Module):
     def __init__(self, *arguments: Any, **more: Any) -> None:
         super().__init__()
         given = bind("te.Linear", "init", arguments, more)
+        WORLD.calls.append(("new linear", {k: v for k, v in given.items() if k.startswith("ub_")}))
         assert given["fuse_wgrad_accumulation"] and given["bias"]
         self.mode, self.group = given["parallel_mode"], given["tp_group"]
         self.ranks = given["tp_size"]
@@ -336,6 +337,11 @@ def _recipe(name: str) -> type:
     return type(name, (), {"__init__": init})
 
 
+def initialize_ub(*arguments: Any, **more: Any) -> None:
+    """Stands in for ``te.module.base.initialize_ub``."""
+    WORLD.calls.append(("buffers", bind("te.module.base.initialize_ub", "call", arguments, more)))
+
+
 def _available(*arguments: Any, **more: Any) -> Any:
     assert bind("te.is_fp8_available", "call", arguments, more) == {"return_reason": True}
     return True, ""
@@ -343,8 +349,15 @@ def _available(*arguments: Any, **more: Any) -> Any:
 
 def modules() -> dict[str, ModuleType]:
     """The packages, by name."""
-    names = ("transformer_engine", "transformer_engine.pytorch", "transformer_engine.common")
-    found = {name: ModuleType(name) for name in (*names, "transformer_engine.common.recipe")}
+    names = (
+        "transformer_engine",
+        "transformer_engine.pytorch",
+        "transformer_engine.pytorch.module",
+        "transformer_engine.pytorch.module.base",
+        "transformer_engine.common",
+        "transformer_engine.common.recipe",
+    )
+    found = {name: ModuleType(name) for name in names}
     for name, module in found.items():
         module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
         module.__path__ = []
@@ -356,6 +369,9 @@ def modules() -> dict[str, ModuleType]:
         setattr(pytorch, part.__name__, part)
     for kind in ("fp8", "mxfp8", "fp8_block_scaling"):
         setattr(pytorch, f"is_{kind}_available", _available)
+    base = found["transformer_engine.pytorch.module.base"]
+    base.initialize_ub = initialize_ub
+    base.UserBufferQuantizationMode = SimpleNamespace(FP8="fp8", NONE="none")
     recipes = found["transformer_engine.common.recipe"]
     for name in _recorded():
         if name.startswith("recipe."):

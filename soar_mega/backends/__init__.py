@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -14,6 +14,10 @@ from soar_mega.parallel.mesh import Mesh
 
 # Weight gradients left undone by a backward, in its order; each entry does a part of them.
 WeightWork = list[Callable[[], None]]
+
+
+# A layer whose communication may run beside its products; by Transformer Engine's names.
+Overlap = Literal["qkv", "proj", "fc1", "fc2"]
 
 
 class Backend(Protocol):
@@ -38,12 +42,29 @@ class Backend(Protocol):
         """Maker of one block's parts, by the layer's number in the model."""
 
     def column_linear(
-        self, weight: ParameterLayout, bias: ParameterLayout, mesh: Mesh, *, sequence_parallel: bool
+        self,
+        weight: ParameterLayout,
+        bias: ParameterLayout,
+        mesh: Mesh,
+        *,
+        sequence_parallel: bool,
+        overlap: Overlap | None = None,
     ) -> nn.Module:
-        """Output features cut over the tensor ranks; input whole, or gathered by tokens."""
+        """Output features cut over the tensor ranks; input whole, or gathered by tokens.
+
+        Args:
+            weight, bias, mesh, sequence_parallel: See ``Backend``.
+            overlap: Whose communication buffers it may use; None: communication is not overlapped.
+        """
 
     def row_linear(
-        self, weight: ParameterLayout, bias: ParameterLayout, mesh: Mesh, *, sequence_parallel: bool
+        self,
+        weight: ParameterLayout,
+        bias: ParameterLayout,
+        mesh: Mesh,
+        *,
+        sequence_parallel: bool,
+        overlap: Overlap | None = None,
     ) -> nn.Module:
         """Input features cut over the tensor ranks; output summed, whole or scattered by tokens."""
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from soar_mega.backends import WeightWork
+from soar_mega.backends import Overlap, WeightWork
 from soar_mega.backends.elementwise import Elementwise
 from soar_mega.parallel.collectives import (
     copy_to_tensor_ranks,
@@ -201,13 +201,25 @@ class TorchBackend:
         return self._gradients.hold()
 
     def column_linear(
-        self, weight: ParameterLayout, bias: ParameterLayout, mesh: Mesh, *, sequence_parallel: bool
+        self,
+        weight: ParameterLayout,
+        bias: ParameterLayout,
+        mesh: Mesh,
+        *,
+        sequence_parallel: bool,
+        overlap: Overlap | None = None,
     ) -> nn.Module:
         parts = (weight, bias, mesh, self._gradients)
         return _ColumnLinear(*parts, sequence_parallel=sequence_parallel)
 
     def row_linear(
-        self, weight: ParameterLayout, bias: ParameterLayout, mesh: Mesh, *, sequence_parallel: bool
+        self,
+        weight: ParameterLayout,
+        bias: ParameterLayout,
+        mesh: Mesh,
+        *,
+        sequence_parallel: bool,
+        overlap: Overlap | None = None,
     ) -> nn.Module:
         parts = (weight, bias, mesh, self._gradients)
         return _RowLinear(*parts, sequence_parallel=sequence_parallel)

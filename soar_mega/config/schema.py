@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from soar_mega import hub
 from soar_mega.config.data import DataConfig
 from soar_mega.config.objective import FlowMatchingConfig, SoarConfig
+from soar_mega.config.precision import PrecisionConfig, check_overlap, check_recomputation
 from soar_mega.config.section import Section, Text, Texts, broken_rule
 
 
@@ -85,6 +86,11 @@ class ParallelConfig(Section):
         False,
         description="Cut activations between tensor-parallel layers by token; none at size 1.",
     )
+    tensor_parallel_overlap: bool = Field(
+        False,
+        description="Tensor-parallel communication of image tokens beside the products it serves "
+        "(backend te, sequence_parallel, NVLink).",
+    )
     pipeline_model_parallel_size: int = Field(
         1, ge=1, description="Processes that share the layers among them, in stages."
     )
@@ -103,58 +109,6 @@ class ParallelConfig(Section):
     distributed_timeout_minutes: float = Field(
         30.0, gt=0, description="Longest wait for another process before the run ends."
     )
-
-
-class PrecisionConfig(Section):
-    """Number formats and kernels; master weights and optimizer state are always fp32."""
-
-    compute_dtype: Literal["bf16", "fp32"] = Field("bf16", description="Weights and activations.")
-    backend: Literal["torch", "te"] = Field(
-        "torch", description="Kernels of the blocks: torch's, or Transformer Engine's (CUDA)."
-    )
-    fp8_recipe: Literal["none", "current", "block", "delayed", "mxfp8"] | None = Field(
-        None,
-        description="FP8 scaling of the blocks' linears (backend te); null: current with te.",
-    )
-    bf16_layers: Annotated[tuple[int, ...], Field(strict=False)] = Field(
-        (), description="Blocks that stay in bf16 beside FP8, by number from 0."
-    )
-    grad_reduce_dtype: Literal["fp32", "bf16"] = Field(
-        "fp32", description="Gradients while they are summed over data-parallel ranks."
-    )
-
-    @property
-    def recipe(self) -> Literal["current", "block", "delayed", "mxfp8"] | None:
-        """The FP8 recipe that is used."""
-        if self.backend == "torch" or self.fp8_recipe == "none":
-            return None
-        return self.fp8_recipe or "current"
-
-    @model_validator(mode="after")
-    def _fp8_is_transformer_engines(self) -> Self:
-        backend, recipe = self.backend, self.fp8_recipe
-        if backend == "torch" and recipe not in (None, "none"):
-            raise broken_rule(
-                f"precision.fp8_recipe = {recipe} needs precision.backend = te, which is torch: "
-                "set it to te, or precision.fp8_recipe to null",
-                "precision.fp8_recipe",
-                "precision.backend",
-            )
-        if backend == "te" and self.compute_dtype != "bf16":
-            raise broken_rule(
-                f"precision.backend = te computes in bf16 and FP8, but precision.compute_dtype = "
-                f"{self.compute_dtype}: set it to bf16, or precision.backend to torch",
-                "precision.compute_dtype",
-                "precision.backend",
-            )
-        if self.bf16_layers and self.recipe is None:
-            raise broken_rule(
-                f"precision.bf16_layers = {list(self.bf16_layers)} excepts blocks from FP8, but "
-                "there is none: set precision.backend=te and an FP8 recipe, or leave it empty",
-                "precision.bf16_layers",
-                "precision.fp8_recipe",
-            )
-        return self
 
 
 class OptimizerConfig(Section):
@@ -374,23 +328,9 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _te_recomputes_whole_blocks(self) -> Self:
-        mode, precision = self.train.activation_checkpointing, self.precision
-        keys = ("train.activation_checkpointing", "precision.backend")
-        if precision.backend == "te" and mode == "selective":
-            raise broken_rule(
-                "train.activation_checkpointing = selective picks among torch's operations and "
-                "sees none of Transformer Engine's (precision.backend = te): use none or full",
-                *keys,
-            )
-        if precision.recipe == "delayed" and mode == "full":
-            raise broken_rule(
-                "train.activation_checkpointing = full computes forwards again, which the "
-                "histories of precision.fp8_recipe = delayed would count twice: use none, or "
-                "precision.fp8_recipe = current or block",
-                "train.activation_checkpointing",
-                "precision.fp8_recipe",
-            )
+    def _transformer_engine_can(self) -> Self:
+        check_recomputation(self)
+        check_overlap(self)
         return self
 
     @property

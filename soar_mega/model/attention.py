@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from soar_mega.backends import Backend
+from soar_mega.backends import Backend, Overlap
 from soar_mega.model.config import MMDiTConfig
 from soar_mega.parallel.collectives import pad_tokens
 from soar_mega.parallel.layout import ParameterLayout
@@ -37,7 +37,13 @@ class _Stream(nn.Module):
     """QKV of one stream, with its QK norms, heads (whole ones) cut over the tensor ranks."""
 
     def __init__(
-        self, config: MMDiTConfig, mesh: Mesh, backend: Backend, sequence_parallel: bool
+        self,
+        config: MMDiTConfig,
+        mesh: Mesh,
+        backend: Backend,
+        sequence_parallel: bool,
+        *,
+        overlap: Overlap | None = None,
     ) -> None:
         super().__init__()
         D, head = config.width, config.attention_head_dim
@@ -47,6 +53,7 @@ class _Stream(nn.Module):
             ParameterLayout((3, D), 1, "sharded", block=head),
             mesh,
             sequence_parallel=sequence_parallel,
+            overlap=overlap,
         )
         self.norm_q: nn.Module | None = None
         self.norm_k: nn.Module | None = None
@@ -70,7 +77,13 @@ class _Output(nn.Module):
     """Heads back to the stream."""
 
     def __init__(
-        self, config: MMDiTConfig, mesh: Mesh, backend: Backend, sequence_parallel: bool
+        self,
+        config: MMDiTConfig,
+        mesh: Mesh,
+        backend: Backend,
+        sequence_parallel: bool,
+        *,
+        overlap: Overlap | None = None,
     ) -> None:
         super().__init__()
         D = config.width
@@ -80,6 +93,7 @@ class _Output(nn.Module):
             ParameterLayout((D,), None, "partial" if sequence_parallel else "replicated"),
             mesh,
             sequence_parallel=sequence_parallel,
+            overlap=overlap,
         )
 
     def forward(self, x_LBD: Tensor, share: int) -> Tensor:
@@ -102,9 +116,9 @@ class JointAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.backend = backend
-        self.image = _Stream(config, mesh, backend, sequence_parallel)
+        self.image = _Stream(config, mesh, backend, sequence_parallel, overlap="qkv")
         self.text = _Stream(config, mesh, backend, sequence_parallel)
-        self.image_out = _Output(config, mesh, backend, sequence_parallel)
+        self.image_out = _Output(config, mesh, backend, sequence_parallel, overlap="proj")
         self.text_out = _Output(config, mesh, backend, sequence_parallel) if text_output else None
 
     def forward(
@@ -131,8 +145,8 @@ class ImageAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.backend = backend
-        self.image = _Stream(config, mesh, backend, sequence_parallel)
-        self.image_out = _Output(config, mesh, backend, sequence_parallel)
+        self.image = _Stream(config, mesh, backend, sequence_parallel, overlap="qkv")
+        self.image_out = _Output(config, mesh, backend, sequence_parallel, overlap="proj")
 
     def forward(self, image_lBD: Tensor, lengths: Lengths) -> Tensor:
         out_LBD = self.backend.attention(*self.image(image_lBD, lengths.image))

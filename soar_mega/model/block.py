@@ -22,7 +22,13 @@ class MLP(nn.Module):
     """Width to four times the width and back, GELU (tanh) between."""
 
     def __init__(
-        self, config: MMDiTConfig, mesh: Mesh, backend: Backend, sequence_parallel: bool
+        self,
+        config: MMDiTConfig,
+        mesh: Mesh,
+        backend: Backend,
+        sequence_parallel: bool,
+        *,
+        overlaps: bool = False,
     ) -> None:
         super().__init__()
         self.elementwise = backend.elementwise
@@ -32,12 +38,14 @@ class MLP(nn.Module):
             ParameterLayout((4 * D,), 0, "sharded"),
             mesh,
             sequence_parallel=sequence_parallel,
+            overlap="fc1" if overlaps else None,
         )
         self.down = backend.row_linear(
             ParameterLayout((D, 4 * D), 1, "sharded"),
             ParameterLayout((D,), None, "partial" if sequence_parallel else "replicated"),
             mesh,
             sequence_parallel=sequence_parallel,
+            overlap="fc2" if overlaps else None,
         )
 
     def forward(self, x_lBD: Tensor) -> Tensor:
@@ -64,7 +72,7 @@ class JointBlock(nn.Module):
         self.text_modulation = modulation_linear(2 if last else 6, D, mesh, backend)
         self.attention = JointAttention(*parts, text_output=not last)
         self.dual_attention = ImageAttention(*parts) if dual else None
-        self.image_mlp = MLP(*parts)
+        self.image_mlp = MLP(*parts, overlaps=True)
         self.text_mlp = None if last else MLP(*parts)
 
     def forward(

@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 
 from soar_mega.backends import Backend
+from soar_mega.backends.te import overlap
 from soar_mega.backends.te.backend import TEBackend
 from soar_mega.backends.te.recipes import multiple_of, why_not
 from soar_mega.backends.torch import TorchBackend
 from soar_mega.config import Config, ConfigError
-from soar_mega.config.schema import PrecisionConfig
+from soar_mega.config.precision import PrecisionConfig
 from soar_mega.launch.optional import OPTIONAL, is_there
 from soar_mega.model.config import MMDiTConfig
+from soar_mega.parallel.collectives import padded_length
 from soar_mega.parallel.mesh import Mesh, stage_group
 from soar_mega.pipeline.actions import Kind, Schedule
 
@@ -92,15 +94,33 @@ def _wrong_features(architecture: MMDiTConfig, ranks: int, multiple: int) -> str
     return next((f"{what} {n}" for what, n in sizes.items() if n % multiple), None)
 
 
-def make_backend(config: Config, mesh: Mesh, schedule: Schedule) -> Backend:
-    """The maker of the model's parts; every rank calls it."""
+def make_backend(
+    config: Config, architecture: MMDiTConfig, mesh: Mesh, schedule: Schedule, image_tokens: int
+) -> Backend:
+    """The maker of the model's parts; every rank calls it.
+
+    Args:
+        config, mesh, schedule: Of the run.
+        architecture: Of the whole model.
+        image_tokens: Of one sample.
+    """
     precision = config.precision
     if precision.backend == "torch":
         return TorchBackend()
+    overlaps, multiple = config.parallel.tensor_parallel_overlap, multiple_of(precision.recipe)
+    if overlaps:
+        tokens = padded_length(image_tokens, mesh.tensor_size, multiple)
+        overlap.start(
+            mesh,
+            tokens * config.train.micro_batch_size,
+            architecture.width,
+            fp8=precision.recipe is not None,
+        )
     kinds = {action.kind for actions in schedule.actions for action in actions}
     return TEBackend(
         precision.recipe,
         bf16_layers=precision.bf16_layers,
         split_backwards=Kind.INPUT_BACKWARD in kinds,
         amax_group=stage_group(mesh) if precision.recipe == "delayed" else None,
+        overlaps=overlaps,
     )

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 
 from soar_mega import hub
-from soar_mega.backends import Backend
 from soar_mega.checkpoint.importer import (
     ancestors,
     load_diffusers_transformer,
@@ -39,7 +38,7 @@ from soar_mega.model.stage import MMDiTStage
 from soar_mega.objectives import make_objective
 from soar_mega.parallel.mesh import Mesh
 from soar_mega.parallel.sharded import ShardedParameters
-from soar_mega.pipeline.actions import Placement
+from soar_mega.pipeline.actions import Schedule
 from soar_mega.pipeline.engine import Pipeline
 from soar_mega.pipeline.schedules import build_schedule
 from soar_mega.training.feed import DTYPES, Feed
@@ -250,10 +249,7 @@ def build(config: Config, checked: Checked, device: torch.device) -> Run:
         microbatches=share // config.train.micro_batch_size,
         virtual=parallel.virtual_pipeline_model_parallel_size,
     )
-    backend = make_backend(config, mesh, schedule)
-    stages = _own_stages(
-        config, checked.architecture, facts, mesh, backend, schedule.step.placement
-    )
+    stages = _own_stages(config, checked.architecture, facts, mesh, schedule)
     resuming = selection.path is not None
     lineage = [] if resuming else _starting_weights(config, checked.folder, stages, mesh)
     parameters = ShardedParameters(
@@ -299,14 +295,15 @@ def _own_stages(
     architecture: MMDiTConfig,
     facts: ModelFacts,
     mesh: Mesh,
-    backend: Backend,
-    placement: Placement,
+    schedule: Schedule,
 ) -> list[MMDiTStage]:
     """The stages this rank owns, by chunk, without weights."""
     _, height, width = facts.latent_shape(config.data.resolution)
     image_tokens = height * width // architecture.patch_size**2
     text_tokens = facts.text_tokens(config.data.max_sequence_length)
     cut = cut_model(config, architecture, image_tokens, text_tokens)
+    placement = schedule.step.placement
+    backend = make_backend(config, architecture, mesh, schedule, image_tokens)
     return [
         MMDiTStage(
             architecture,

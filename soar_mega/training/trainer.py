@@ -68,6 +68,9 @@ def _train(
     config: Config, process: ProcessEnvironment, signals: Signals, watchdog: Watchdog
 ) -> Outcome:
     device = device_of(config, process)
+    if config.parallel.tensor_parallel_overlap:
+        # So that communication is launched before the product beside it; read with CUDA's context.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     problem = checked = None
     try:
         check_backend(config.precision, device)

@@ -10,14 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from soar_mega.backends.te import overlap
 from soar_mega.backends.te.backend import TEBackend
 from soar_mega.backends.te.linear import TELinear
 from soar_mega.backends.te.recipes import RECIPES, make_recipe, multiple_of, why_not
 from soar_mega.backends.te.scaling import scaling_state
 from soar_mega.backends.te.statistics import E4M3, E5M2, Statistics, fit
 from soar_mega.config import Config, ConfigError, load_config
-from soar_mega.config.schema import PrecisionConfig
+from soar_mega.config.precision import PrecisionConfig
 from soar_mega.model.config import MMDiTConfig
+from soar_mega.model.stage import MMDiTStage
 from soar_mega.parallel.layout import ParameterLayout
 from soar_mega.parallel.mesh import Mesh
 from soar_mega.training.layout import check_layout
@@ -292,6 +294,58 @@ def test_features_fp8_cannot_multiply_are_refused(
     with pytest.raises(ConfigError, match=rf"fp8_recipe = {recipe}.*multiples of {multiple}") as e:
         check_layout(config, model, tensor)
     assert "[1, " in str(e.value)
+
+
+OVERLAP = (
+    "precision.compute_dtype=bf16",
+    "precision.backend=te",
+    "parallel.tensor_parallel_overlap=true",
+    "parallel.tensor_model_parallel_size=2",
+    "parallel.sequence_parallel=true",
+    "objective.aux_group_size=1",
+    "validation.validation_steps=null",
+    "validation.image_steps=null",
+)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("precision.backend=torch", "precision.backend = torch"),
+        ("precision.fp8_recipe=block", "precision.fp8_recipe = block"),
+        ("parallel.tensor_model_parallel_size=1", "tensor_model_parallel_size = 1"),
+        ("parallel.sequence_parallel=false", "sequence_parallel = false"),
+        ("parallel.pipeline_schedule=zero_bubble", "pipeline_schedule = zero_bubble"),
+        ("objective.aux_group_size=2", "aux_group_size = 2"),
+        ("validation.validation_steps=5", "validation_steps = 5"),
+    ],
+)
+def test_what_overlapping_buffers_cannot_serve(override: str, message: str) -> None:
+    config_of(*OVERLAP)
+    with pytest.raises(ConfigError, match=f"tensor_parallel_overlap keeps .*{message} does not go"):
+        config_of(*OVERLAP, override, "validation.shards=x.tar")
+
+
+def test_only_image_linears_overlap(world: te_stand_in.World) -> None:
+    mesh = replace(Mesh.single(), tensor_size=2, tensor_group="a group")  # type: ignore[arg-type]
+    overlap.start(mesh, 2048, 1536, fp8=True)
+    (buffers,) = [facts for kind, facts in world.calls if kind == "buffers"]
+    assert (buffers["shape"], buffers["tp_size"]) == ([2048, 1536], 2)
+    assert buffers["quantization_modes"] == ["fp8"]
+    small = replace(MEDIUM, num_layers=2, dual_attention_layers=(0,))
+    MMDiTStage(small, mesh, TEBackend("current", overlaps=True), sequence_parallel=True)
+    told = [facts for kind, facts in world.calls if kind == "new linear"]
+    gathering = {"ub_overlap_ag": True, "ub_bulk_dgrad": True, "ub_bulk_wgrad": True}
+    scattering = {"ub_overlap_rs": True, "ub_overlap_ag": True}
+    found = [facts["ub_name"] for facts in told if facts]
+    assert sorted(found) == sorted(["qkv", "proj"] * 3 + ["fc1", "fc2"] * 2)
+    for facts in (facts for facts in told if facts):
+        wanted = gathering if facts["ub_name"] in ("qkv", "fc1") else scattering
+        assert facts == {**wanted, "ub_name": facts["ub_name"]}
+    assert sum(not facts for facts in told) == 2 * 4 - 3  # the last block has no text output
+    world.calls.clear()
+    MMDiTStage(small, mesh, TEBackend("current"), sequence_parallel=True)
+    assert not any(facts for kind, facts in world.calls if kind == "new linear")
 
 
 def test_a_block_there_is_not_cannot_stay_in_bf16() -> None:

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from soar_mega.backends import Backend, WeightWork
+from soar_mega.backends import Backend, Overlap, WeightWork
 from soar_mega.backends.elementwise import Elementwise
-from soar_mega.backends.te.linear import Mode, StepState, TELinear
+from soar_mega.backends.te.linear import StepState, TELinear
+from soar_mega.backends.te.overlap import Mode
 from soar_mega.backends.te.recipes import RecipeName, make_recipe, multiple_of
 from soar_mega.backends.te.scaling import untouched
 from soar_mega.backends.te.statistics import Statistics
@@ -41,6 +42,8 @@ class TEBackend:
         amax_group: Delayed scaling takes the largest magnitudes over these processes, which run the
             same passes; None: each for itself.
         elementwise: What the model does between linears.
+        overlaps: Whether tensor-parallel communication runs beside products; ``overlap.start`` has
+            been called then.
 
     Attributes:
         recipe: The recipe object of ``recipe``.
@@ -57,10 +60,11 @@ class TEBackend:
         split_backwards: bool = False,
         amax_group: ProcessGroup | None = None,
         elementwise: Elementwise = _PLAIN,
+        overlaps: bool = False,
     ) -> None:
         self._te = importlib.import_module("transformer_engine.pytorch")
         self._plain = TorchBackend()
-        self.elementwise = elementwise
+        self.elementwise, self._overlaps = elementwise, overlaps
         self._bf16_layers, self._split_backwards = frozenset(bf16_layers), split_backwards
         self._keeps_history, self.amax_group = recipe == "delayed", amax_group
         self.recipe: Any = None
@@ -75,14 +79,26 @@ class TEBackend:
         return self._plain if layer in self._bf16_layers else self
 
     def column_linear(
-        self, weight: ParameterLayout, bias: ParameterLayout, mesh: Mesh, *, sequence_parallel: bool
+        self,
+        weight: ParameterLayout,
+        bias: ParameterLayout,
+        mesh: Mesh,
+        *,
+        sequence_parallel: bool,
+        overlap: Overlap | None = None,
     ) -> nn.Module:
-        return self._linear(weight, bias, mesh, "column", sequence_parallel)
+        return self._linear(weight, bias, mesh, "column", sequence_parallel, overlap)
 
     def row_linear(
-        self, weight: ParameterLayout, bias: ParameterLayout, mesh: Mesh, *, sequence_parallel: bool
+        self,
+        weight: ParameterLayout,
+        bias: ParameterLayout,
+        mesh: Mesh,
+        *,
+        sequence_parallel: bool,
+        overlap: Overlap | None = None,
     ) -> nn.Module:
-        return self._linear(weight, bias, mesh, "row", sequence_parallel)
+        return self._linear(weight, bias, mesh, "row", sequence_parallel, overlap)
 
     def _linear(
         self,
@@ -91,6 +107,7 @@ class TEBackend:
         mesh: Mesh,
         mode: Mode,
         sequence_parallel: bool,
+        overlap: Overlap | None,
     ) -> TELinear:
         linear = TELinear(
             weight,
@@ -101,6 +118,7 @@ class TEBackend:
             sequence_parallel=sequence_parallel,
             delayed=self._split_backwards,
             recipe=self.recipe,
+            overlap=overlap if self._overlaps else None,
         )
         self._linears.append(linear)
         return linear

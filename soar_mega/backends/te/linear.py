@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import importlib
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from soar_mega.backends import WeightWork
+from soar_mega.backends import Overlap, WeightWork
+from soar_mega.backends.te.overlap import Mode, overlap_options
 from soar_mega.backends.te.statistics import Statistics
 from soar_mega.parallel.layout import ParameterLayout
 from soar_mega.parallel.mesh import Mesh
-
-Mode = Literal["column", "row"]
 
 
 class StepState:
@@ -54,6 +53,7 @@ class TELinear(nn.Module):
         sequence_parallel: Whether tokens are, between layers.
         delayed: Whether weight gradients are always left to ``backward_dw``.
         recipe: The recipe object of FP8; None: bf16.
+        overlap: Whose communication buffers to use (see ``overlap``); None: none.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class TELinear(nn.Module):
         sequence_parallel: bool,
         delayed: bool,
         recipe: Any,
+        overlap: Overlap | None,
     ) -> None:
         super().__init__()
         te = importlib.import_module("transformer_engine.pytorch")
@@ -87,6 +88,7 @@ class TELinear(nn.Module):
             init_method=_leave,
             device=mesh.device,
             delay_wgrad_compute=delayed,
+            **({} if overlap is None else overlap_options(mode, overlap)),
         )
         # Not a submodule: parameters have the names they have on every backend.
         self._linear = (linear,)
