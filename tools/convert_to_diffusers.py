@@ -104,8 +104,8 @@ def main(arguments: list[str] | None = None) -> None:
             )
         print(f"wrote {out}")
         if args.verify:
-            # Not above: it imports the model and torch's distributed checkpoint, which costs a plain
-            # conversion two seconds.
+            # Not above: it imports the model and torch's distributed checkpoint, two seconds that a
+            # plain conversion does not need.
             from soar_mega.training.verify_export import verify_export
 
             difference = verify_export(args.checkpoint, out, args.weights, dtype)

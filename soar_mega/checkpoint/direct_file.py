@@ -19,8 +19,6 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 from numpy.typing import NDArray
 
-Block = NDArray[np.uint8]
-
 SMALLEST = 2**28  # bytes of a file below which the page cache is as good
 _BLOCK = 16 * 2**20  # bytes of a call that writes; a multiple of any disk's sector
 _BLOCKS = 4
@@ -40,15 +38,15 @@ def create(path: Path, size: int) -> BinaryIO:
     if size >= SMALLEST and direct:
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | direct
-            return cast(BinaryIO, _DirectFile(os.open(path, flags, 0o666)))
+            return cast(BinaryIO, DirectFile(os.open(path, flags, 0o666)))
         except OSError as error:
             if error.errno != errno.EINVAL:  # what file systems without it say, as tmpfs
                 raise
     return path.open("wb", buffering=0)
 
 
-class _DirectFile:
-    """What of a binary file a writer from front to back needs.
+class DirectFile:
+    """What of a binary file a writer from front to back needs; made by ``create``.
 
     Such writes need aligned memory, so bytes are copied into one of a few blocks, while a thread
     writes the others.
@@ -86,9 +84,9 @@ class _DirectFile:
         while len(self._pending) > allowed:
             self._pending.popleft().result()
 
-    def _write(self, block: Block, count: int, start: int = 0) -> None:
+    def _write(self, block: NDArray[np.uint8], count: int, start: int = 0) -> None:
         while start < count:
-            start += os.write(self._descriptor, block[start:count])
+            start += os.write(self._descriptor, block[start:count].data)
 
     def flush(self) -> None:
         """Write what is left; nothing can be written after it."""
@@ -108,7 +106,7 @@ class _DirectFile:
         os.close(self._descriptor)
         self._descriptor = -1
 
-    def __enter__(self) -> _DirectFile:
+    def __enter__(self) -> DirectFile:
         return self
 
     def __exit__(self, *_: object) -> None:
