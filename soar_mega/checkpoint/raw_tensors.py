@@ -24,8 +24,8 @@ T = TypeVar("T")
 # Bytes of a tensor that are in memory at once. An export took 6% less of the processors' time so
 # than with 32 MiB, which come fresh from the kernel each time.
 PIECE = 8 * 2**20
-# Bytes of one call that writes through the page cache. Measured on ext4 (Linux 6.18): 4 GiB in calls
-# of 64 KiB cost 1.2 s of the kernel's time, of 1 MiB 2.5 s, of 32 MiB several times more.
+# Bytes of one call that writes through the page cache. Measured on ext4 (Linux 6.18): 4 GiB in
+# calls of 64 KiB cost 1.2 s of the kernel's time, of 1 MiB 2.5 s, of 32 MiB several times more.
 CALL = 2**16
 _SHORT_RUN = 2**16  # below this it is cheaper to read what lies between two runs, too
 CODES = {
