@@ -12,7 +12,6 @@ import torch
 from soar_mega.checkpoint.errors import CheckpointError
 from soar_mega.checkpoint.exporter import export, export_single_file
 from soar_mega.checkpoint.safetensors_files import MAX_SHARD_BYTES
-from soar_mega.training.verify_export import verify_export
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _EPILOG = """\
@@ -105,6 +104,10 @@ def main(arguments: list[str] | None = None) -> None:
             )
         print(f"wrote {out}")
         if args.verify:
+            # Not above: it imports the model and torch's distributed checkpoint, two seconds that a
+            # plain conversion does not need.
+            from soar_mega.training.verify_export import verify_export
+
             difference = verify_export(args.checkpoint, out, args.weights, dtype)
             print(f"diffusers' forward equals ours to {difference:.1e} of the largest output")
     except (CheckpointError, OSError) as error:

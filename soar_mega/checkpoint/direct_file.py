@@ -11,12 +11,17 @@ import errno
 import fcntl
 import mmap
 import os
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+import numpy as np
+from numpy.typing import NDArray
+
 SMALLEST = 2**28  # bytes of a file below which the page cache is as good
 _BLOCK = 16 * 2**20  # bytes of a call that writes; a multiple of any disk's sector
+_BLOCKS = 4
 _SECTOR = 4096
 
 
@@ -33,60 +38,59 @@ def create(path: Path, size: int) -> BinaryIO:
     if size >= SMALLEST and direct:
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | direct
-            return cast(BinaryIO, _DirectFile(os.open(path, flags, 0o666)))
+            return cast(BinaryIO, DirectFile(os.open(path, flags, 0o666)))
         except OSError as error:
             if error.errno != errno.EINVAL:  # what file systems without it say, as tmpfs
                 raise
     return path.open("wb", buffering=0)
 
 
-class _DirectFile:
-    """What of a binary file a writer from front to back needs.
+class DirectFile:
+    """What of a binary file a writer from front to back needs; made by ``create``.
 
-    Such writes need aligned memory, so bytes are copied into one of two blocks, while a thread
-    writes the other.
+    Such writes need aligned memory, so bytes are copied into one of a few blocks, while a thread
+    writes the others.
     """
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         # Maps begin at a page's border.
-        self._blocks = [mmap.mmap(-1, _BLOCK) for _ in range(2)]
-        self._filled = 0
+        maps = (mmap.mmap(-1, _BLOCK) for _ in range(_BLOCKS))
+        self._blocks = [np.frombuffer(one, np.uint8) for one in maps]
+        self._filled = 0  # bytes of the first block, which is never one that is being written
         self._thread = ThreadPoolExecutor(1)
-        self._pending: Future[None] | None = None
+        self._pending: deque[Future[None]] = deque()  # of the last blocks, oldest first
 
     def fileno(self) -> int:
         return self._descriptor
 
     def write(self, data: Any) -> int:
-        left = memoryview(data)
+        left = np.frombuffer(data, np.uint8)  # numpy lets other threads run while it copies
         total = len(left)
-        while left:
+        while len(left):
             count = min(len(left), _BLOCK - self._filled)
             self._blocks[0][self._filled : self._filled + count] = left[:count]
             self._filled += count
             left = left[count:]
             if self._filled == _BLOCK:
-                self._wait()
-                self._pending = self._thread.submit(self._write, self._blocks[0], _BLOCK)
-                self._blocks.reverse()
+                # Queued before any wait, so that the disk always has its next block.
+                self._pending.append(self._thread.submit(self._write, self._blocks[0], _BLOCK))
+                self._blocks.append(self._blocks.pop(0))
                 self._filled = 0
+                self._wait(_BLOCKS - 1)
         return total
 
-    def _wait(self) -> None:
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+    def _wait(self, allowed: int) -> None:
+        while len(self._pending) > allowed:
+            self._pending.popleft().result()
 
-    def _write(self, block: mmap.mmap, count: int, start: int = 0) -> None:
-        with memoryview(block) as whole:
-            while start < count:
-                with whole[start:count] as left:
-                    start += os.write(self._descriptor, left)
+    def _write(self, block: NDArray[np.uint8], count: int, start: int = 0) -> None:
+        while start < count:
+            start += os.write(self._descriptor, block[start:count].data)
 
     def flush(self) -> None:
         """Write what is left; nothing can be written after it."""
-        self._wait()
+        self._wait(0)
         whole = self._filled // _SECTOR * _SECTOR
         self._write(self._blocks[0], whole)
         if self._filled > whole:  # a part of a sector goes through the page cache
@@ -101,10 +105,8 @@ class _DirectFile:
         self._thread.shutdown()  # it has finished with descriptor and blocks then
         os.close(self._descriptor)
         self._descriptor = -1
-        for block in self._blocks:
-            block.close()
 
-    def __enter__(self) -> _DirectFile:
+    def __enter__(self) -> DirectFile:
         return self
 
     def __exit__(self, *_: object) -> None:

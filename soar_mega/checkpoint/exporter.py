@@ -10,7 +10,9 @@ import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from soar_mega.checkpoint.folders import find
 from soar_mega.checkpoint.importer import LINEAGE, Weights, kind_of
 from soar_mega.checkpoint.manifest import verify
 from soar_mega.checkpoint.model_card import lineage_record, model_card
-from soar_mega.checkpoint.original_map import original_keys
+from soar_mega.checkpoint.original_map import Original, original_keys
 from soar_mega.checkpoint.raw_tensors import read_ahead, regions
 from soar_mega.checkpoint.safetensors_files import MAX_SHARD_BYTES, StreamWriter
 from soar_mega.checkpoint.synced import sync_folder, write_json
@@ -65,28 +67,30 @@ def export(
     checkpoint, out = find(checkpoint), Path(out).resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists and is not empty: choose another folder or remove it")
-    state, extra, weights = _open(checkpoint, weights)
-    config = _transformer_config(extra, checkpoint)
-    sources = _sources(state, config, weights, checkpoint)
-    base = base or str(extra["model"]["pretrained"])
-    parts = [] if transformer_only else _pipeline_parts(_resolve(base))
+    with _verifying(checkpoint) as whole:
+        state, extra, weights = _open(checkpoint, weights)
+        config = _transformer_config(extra, checkpoint)
+        sources = _sources(state, config, weights, checkpoint)
+        base = base or str(extra["model"]["pretrained"])
+        parts = [] if transformer_only else _pipeline_parts(_resolve(base))
 
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    transformer = temporary if transformer_only else temporary / "transformer"
-    try:
-        transformer.mkdir(parents=True)
-        for part in parts:
-            copy = shutil.copytree if part.is_dir() else shutil.copyfile
-            copy(part, temporary / part.name)
-        _write_config(transformer / "config.json", config)
-        _write_weights(transformer, state, sources, dtype, max_shard_bytes)
-        card = model_card(extra, checkpoint, base, weights, transformer_only)
-        (temporary / "README.md").write_text(card)
-        write_json(transformer / LINEAGE, lineage_record(extra, checkpoint, weights))
-        temporary.rename(out)
-        sync_folder(out.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+        transformer = temporary if transformer_only else temporary / "transformer"
+        try:
+            transformer.mkdir(parents=True)
+            for part in parts:
+                copy = shutil.copytree if part.is_dir() else shutil.copyfile
+                copy(part, temporary / part.name)
+            _write_config(transformer / "config.json", config)
+            _write_weights(transformer, state, sources, dtype, max_shard_bytes)
+            card = model_card(extra, checkpoint, base, weights, transformer_only)
+            (temporary / "README.md").write_text(card)
+            write_json(transformer / LINEAGE, lineage_record(extra, checkpoint, weights))
+            whole()
+            temporary.rename(out)
+            sync_folder(out.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     return out
 
 
@@ -118,11 +122,31 @@ def export_single_file(
     checkpoint, out = find(checkpoint), Path(out).resolve()
     if out.exists() or out.suffix != ".safetensors":
         raise CheckpointError(f"{out} must be the name of a .safetensors file that does not exist")
-    state, extra, weights = _open(checkpoint, weights)
-    config = _transformer_config(extra, checkpoint)
-    stored = {entry.name: name for name, entry in _sources(state, config, weights, checkpoint)}
+    with _verifying(checkpoint) as whole:
+        state, extra, weights = _open(checkpoint, weights)
+        config = _transformer_config(extra, checkpoint)
+        sources = _sources(state, config, weights, checkpoint)
+        temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _write_single_file(temporary, state, sources, original_keys(config), dtype)
+            whole()
+            temporary.rename(out)
+            sync_folder(out.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return out
+
+
+def _write_single_file(
+    path: Path,
+    state: offline.StateReader,
+    sources: list[tuple[str, Entry]],
+    keys: Mapping[str, Original],
+    dtype: torch.dtype | None,
+) -> None:
+    stored = {entry.name: name for name, entry in sources}
     table = _position_dtype(state, dtype)
-    keys = original_keys(config)
     plan = {
         key: (
             original.shape,
@@ -130,19 +154,15 @@ def export_single_file(
         )
         for key, original in keys.items()
     }
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with StreamWriter(temporary, plan, single=True) as writer:
-            for key, original in keys.items():
-                name = stored[original.name]
-                for region in _in_file_order(state.shapes[name], original.swapped, state, name):
-                    writer.write(key, state.read(name, region).to(plan[key][1]))
-        temporary.rename(out)
-        sync_folder(out.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return out
+    with StreamWriter(path, plan, single=True) as writer:
+        pieces = (
+            (key, state.read(name, region))
+            for key, original in keys.items()
+            for name in (stored[original.name],)
+            for region in _in_file_order(state.shapes[name], original.swapped, state, name)
+        )
+        for key, piece in read_ahead(pieces):
+            writer.write(key, piece.to(plan[key][1]))
 
 
 def _in_file_order(
@@ -159,13 +179,35 @@ def _in_file_order(
             yield (slice(first.start + start, first.stop + start), *rest)
 
 
+@contextmanager
+def _verifying(checkpoint: Path) -> Iterator[Callable[[], None]]:
+    """Compare the checkpoint's hashes in a thread while the block reads it.
+
+    Yields:
+        What waits for the verdict, and raises a CheckpointError that lists damaged files. The block
+        calls it before its output appears. An error of the block gives way to the damage that may
+        be its cause.
+    """
+
+    def whole() -> None:
+        damage = verdict.result()
+        if damage:
+            files = listing("files", damage)
+            raise CheckpointError(f"the checkpoint {checkpoint} is damaged:" + files)
+
+    with ThreadPoolExecutor(1) as thread:
+        verdict = thread.submit(verify, checkpoint)
+        try:
+            yield whole
+        except Exception:
+            whole()
+            raise
+
+
 def _open(
     checkpoint: Path, weights: Weights
 ) -> tuple[offline.StateReader, dict[str, Any], Weights]:
-    """Reader, ``trainer.json`` and the kind of weights of a checkpoint whose files are whole."""
-    damage = verify(checkpoint)
-    if damage:
-        raise CheckpointError(f"the checkpoint {checkpoint} is damaged:" + listing("files", damage))
+    """Reader, ``trainer.json`` and the kind of weights of a checkpoint."""
     extra = offline.read_extra(checkpoint)
     return offline.StateReader(checkpoint), extra, kind_of(extra, weights)
 

@@ -14,7 +14,9 @@ import xxhash
 
 HashAlgorithm = Literal["xxh3-128", "sha256"]
 
-_BLOCK = 8 * 2**20
+# Measured: 4.2 GB from the page cache cost 0.8 s of processors' time so, 1.0 s in blocks of 8 MiB,
+# which no cache of a processor keeps until they are hashed.
+_BLOCK = 2**20
 
 
 class Hash(Protocol):

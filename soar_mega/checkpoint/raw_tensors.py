@@ -16,13 +16,16 @@ from typing import Any, BinaryIO, TypeVar
 import torch
 from torch import Tensor
 
+from soar_mega.checkpoint.direct_file import DirectFile
 from soar_mega.checkpoint.errors import CheckpointError, listing
 
 T = TypeVar("T")
 
-PIECE = 32 * 2**20  # bytes of a tensor that are in memory at once
-# Bytes of one call that writes. Measured on ext4 (Linux 6.18): 4 GiB in calls of 64 KiB cost 1.2 s
-# of the kernel's time, of 1 MiB 2.5 s, of 32 MiB several times more.
+# Bytes of a tensor that are in memory at once. An export took 6% less of the processors' time so
+# than with 32 MiB, which come fresh from the kernel each time.
+PIECE = 8 * 2**20
+# Bytes of one call that writes through the page cache. Measured on ext4 (Linux 6.18): 4 GiB in
+# calls of 64 KiB cost 1.2 s of the kernel's time, of 1 MiB 2.5 s, of 32 MiB several times more.
 CALL = 2**16
 _SHORT_RUN = 2**16  # below this it is cheaper to read what lies between two runs, too
 CODES = {
@@ -103,8 +106,9 @@ def read_ahead(pieces: Iterable[T]) -> Iterator[T]:
 def write_all(file: BinaryIO, data: Any) -> int:
     """Write a buffer of bytes to an unbuffered file; returns how many there were."""
     left = memoryview(data)
+    call = len(left) if isinstance(file, DirectFile) else CALL
     while left:
-        left = left[file.write(left[:CALL]) :]
+        left = left[file.write(left[:call]) :]
     return len(memoryview(data))
 
 

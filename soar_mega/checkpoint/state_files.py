@@ -23,7 +23,6 @@ from soar_mega.checkpoint.direct_file import create
 from soar_mega.checkpoint.errors import CheckpointError
 from soar_mega.checkpoint.hashing import new_hash
 from soar_mega.checkpoint.raw_tensors import (
-    CALL,
     CODES,
     DTYPES,
     as_bytes,
@@ -35,6 +34,7 @@ from soar_mega.checkpoint.synced import write_text
 
 INDEX = "index.json"
 FORMAT = 1
+_HASHED = 2**18  # bytes that are hashed and then written while a processor has them in its cache
 
 
 @dataclass(frozen=True)
@@ -158,8 +158,8 @@ class DataFile:
         self._put(memoryview(as_bytes(tensor.detach().cpu().contiguous())))
 
     def _put(self, data: memoryview) -> None:
-        for start in range(0, len(data), CALL):
-            piece = data[start : start + CALL]
+        for start in range(0, len(data), _HASHED):
+            piece = data[start : start + _HASHED]
             self._hash.update(piece)
             self.written += write_all(self._file, piece)
 

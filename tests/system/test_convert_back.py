@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from soar_mega.backends.torch import TorchBackend
-from soar_mega.checkpoint import raw_tensors, store
+from soar_mega.checkpoint import exporter, raw_tensors, store
 from soar_mega.checkpoint.errors import CheckpointError
 from soar_mega.checkpoint.exporter import export, export_single_file
 from soar_mega.checkpoint.from_diffusers import convert_from_diffusers
@@ -190,19 +191,38 @@ def test_a_source_that_is_damaged_leaves_nothing(how: str, tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_a_damaged_checkpoint_is_not_exported(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["state/rank-00000.safetensors", "state/index.json"])
+def test_a_damaged_checkpoint_is_not_exported(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if it is read or found unreadable before its hashes are."""
     ours = convert_from_diffusers(transformer("SD3-M", tmp_path / "source"), tmp_path / "ours")
-    data = ours / "state" / "rank-00000.safetensors"
-    content = bytearray(data.read_bytes())
+    content = bytearray((ours / name).read_bytes())
     content[-5] ^= 1
-    data.write_bytes(content)
+    (ours / name).write_bytes(content)
+
+    def slow(checkpoint: Path) -> list[str]:
+        time.sleep(0.5)
+        return store.verify(checkpoint)
+
+    monkeypatch.setattr(exporter, "verify", slow)
     for call in (
         lambda: export(ours, tmp_path / "out", transformer_only=True),
         lambda: export_single_file(ours, tmp_path / "out.safetensors"),
     ):
-        with pytest.raises(CheckpointError, match=r"rank-00000\.safetensors: another hash"):
+        with pytest.raises(CheckpointError, match=f"{re.escape(name)}: another hash"):
             call()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "source"]
+
+
+def test_a_plain_conversion_imports_neither_model_nor_diffusers() -> None:
+    """They take longer to import than a small model to convert."""
+    program = (
+        "import sys, tools.convert_to_diffusers, tools.convert_from_diffusers\n"
+        "heavy = {'diffusers', 'soar_mega.model.stage', 'torch.distributed.checkpoint'}\n"
+        "sys.exit(str(heavy & sys.modules.keys()) if heavy & sys.modules.keys() else 0)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_verify_finds_other_weights(tmp_path: Path) -> None:

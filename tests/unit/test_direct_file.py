@@ -31,7 +31,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def folder(tmp_path: Path) -> Path:
     file = create(tmp_path / "probe", 1)
     file.close()
-    if not isinstance(file, direct_file._DirectFile):
+    if not isinstance(file, direct_file.DirectFile):
         pytest.skip("the file system of temporary files knows no O_DIRECT")
     return tmp_path
 
@@ -81,7 +81,7 @@ def test_without_it_the_page_cache_is_used(tmp_path: Path, monkeypatch: pytest.M
     with create(tmp_path / "file", 10) as file:
         file.write(b"0123456789")
     assert (tmp_path / "file").read_bytes() == b"0123456789"
-    assert not isinstance(file, direct_file._DirectFile)
+    assert not isinstance(file, direct_file.DirectFile)
 
 
 def test_small_files_go_through_the_page_cache(
@@ -90,7 +90,7 @@ def test_small_files_go_through_the_page_cache(
     monkeypatch.setattr(direct_file, "SMALLEST", 11)
     with create(tmp_path / "file", 10) as file:
         file.write(b"0123456789")
-    assert not isinstance(file, direct_file._DirectFile)
+    assert not isinstance(file, direct_file.DirectFile)
 
 
 def test_converters_write_the_same_files(folder: Path, tiny: Tiny) -> None:
