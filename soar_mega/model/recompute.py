@@ -1,4 +1,4 @@
-"""Activation checkpointing of blocks."""
+"""How a block is called: with activation checkpointing, and compiled."""
 
 from __future__ import annotations
 
@@ -50,3 +50,26 @@ def run_block(recompute: Recompute, block: Callable[..., Any], *inputs: Any) -> 
     if recompute is Recompute.SELECTIVE:
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     return checkpoint(block, *inputs, **options)
+
+
+# One code object serves every kind of block, with and without gradient, in every size of a pass:
+# torch's default of 8 graphs is too few for that, and beyond it a block would be refused.
+_MOST_GRAPHS = 256
+
+
+def compiled_run_block(**options: Any) -> Callable[..., Any]:
+    """``run_block`` under torch.compile, whole blocks, recomputation included.
+
+    Blocks of a kind share their graphs: one for each size of a pass, with and without gradient.
+
+    Args:
+        options: Of ``torch.compile``; the default compiler if there are none.
+    """
+    # Static shapes: a run has few sizes, each a whole graph of its own that never changes.
+    compiled = torch.compile(run_block, fullgraph=True, dynamic=False, **options)
+
+    def call(recompute: Recompute, block: Callable[..., Any], *inputs: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS):
+            return compiled(recompute, block, *inputs)
+
+    return call
