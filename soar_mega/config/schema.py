@@ -112,6 +112,10 @@ class PrecisionConfig(Section):
     grad_reduce_dtype: Literal["fp32", "bf16"] = Field(
         "fp32", description="Gradients while they are summed over data-parallel ranks."
     )
+    compile: bool | None = Field(
+        None,
+        description="Compile each block with torch.compile; null: on CUDA with the torch backend.",
+    )
 
 
 class OptimizerConfig(Section):

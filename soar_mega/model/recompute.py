@@ -14,6 +14,9 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+# ``run_block`` or what does the same.
+BlockCall = Callable[..., Any]
+
 
 class Recompute(StrEnum):
     """What a block's backward computes again."""
@@ -52,24 +55,26 @@ def run_block(recompute: Recompute, block: Callable[..., Any], *inputs: Any) -> 
     return checkpoint(block, *inputs, **options)
 
 
-# One code object serves every kind of block, with and without gradient, in every size of a pass:
-# torch's default of 8 graphs is too few for that, and beyond it a block would be refused.
-_MOST_GRAPHS = 256
+# One code object serves every kind of block, with and without gradient, in every size of a pass and
+# of a picture. torch's default of 8 graphs is too few for that, and one more would be an error.
+_MOST_GRAPHS = 2**20
 
 
-def compiled_run_block(**options: Any) -> Callable[..., Any]:
+def compiled_run_block(*, dynamic: bool | None = False, **options: Any) -> BlockCall:
     """``run_block`` under torch.compile, whole blocks, recomputation included.
 
     Blocks of a kind share their graphs: one for each size of a pass, with and without gradient.
 
     Args:
-        options: Of ``torch.compile``; the default compiler if there are none.
+        dynamic: False: a graph for each size. None: from the second size on one for all, which
+            may be slower; for runs with many sizes.
+        options: Others of ``torch.compile``.
     """
-    # Static shapes: a run has few sizes, each a whole graph of its own that never changes.
-    compiled = torch.compile(run_block, fullgraph=True, dynamic=False, **options)
+    compiled = torch.compile(run_block, fullgraph=True, dynamic=dynamic, **options)
+    limits = {"recompile_limit": _MOST_GRAPHS, "accumulated_recompile_limit": _MOST_GRAPHS}
 
     def call(recompute: Recompute, block: Callable[..., Any], *inputs: Any) -> Any:
-        with torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS):
+        with torch._dynamo.config.patch(limits):
             return compiled(recompute, block, *inputs)
 
     return call

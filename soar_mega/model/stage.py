@@ -20,7 +20,7 @@ from soar_mega.model.config import MMDiTConfig
 from soar_mega.model.embeddings import Conditioning, PatchEmbed, TextEmbed, whole_linear
 from soar_mega.model.modulation import modulation_linear, modulations
 from soar_mega.model.payload import PassSize, Payload, PayloadShapes
-from soar_mega.model.recompute import Recompute, compiled_run_block, run_block
+from soar_mega.model.recompute import BlockCall, Recompute, run_block
 from soar_mega.parallel.collectives import gather_tokens, padded_length
 from soar_mega.parallel.layout import GradientKind
 from soar_mega.parallel.mesh import Mesh
@@ -79,7 +79,7 @@ class MMDiTStage(nn.Module):
         activation_checkpointing: ``none``, ``selective`` (matrix products and attention are kept,
             the rest computed again) or ``full`` (blocks are computed again); passes without
             gradient ignore it.
-        compile_blocks: Compile each block with torch.compile, on a backend that it can trace.
+        call_block: Calls a block; ``compiled_run_block()`` on a backend that it can trace.
 
     Raises:
         ValueError: The tensor-parallel size does not cut the model, or ``layers`` is no slice
@@ -102,7 +102,7 @@ class MMDiTStage(nn.Module):
         layers: range | None = None,
         sequence_parallel: bool = False,
         activation_checkpointing: ActivationCheckpointing = "none",
-        compile_blocks: bool = False,
+        call_block: BlockCall = run_block,
     ) -> None:
         super().__init__()
         config.check_tensor_parallel(mesh.tensor_size)
@@ -120,7 +120,7 @@ class MMDiTStage(nn.Module):
         self.is_first = self.layers.start == 0
         self.is_last = self.layers.stop == config.num_layers
         self.recompute = Recompute(activation_checkpointing)
-        self._run_block = compiled_run_block() if compile_blocks else run_block
+        self._call_block = call_block
         parts = (config, mesh, backend, sequence_parallel)
         if self.is_first:
             self.patch_embed = PatchEmbed(*parts)
@@ -197,7 +197,7 @@ class MMDiTStage(nn.Module):
             image=size.height * size.width // self.config.patch_size**2, text=size.text_length
         )
         for index, block in enumerate(self._blocks()):
-            image_lBD, text_tBD = self._run_block(
+            image_lBD, text_tBD = self._call_block(
                 self.recompute,
                 block,
                 image_lBD,

@@ -35,6 +35,7 @@ from soar_mega.launch.machine_facts import own_gpu
 from soar_mega.launch.rendezvous import open_store
 from soar_mega.model.config import MMDiTConfig
 from soar_mega.model.init import initialise
+from soar_mega.model.recompute import BlockCall, compiled_run_block, run_block
 from soar_mega.model.stage import MMDiTStage
 from soar_mega.objectives import make_objective
 from soar_mega.parallel.mesh import Mesh
@@ -302,7 +303,7 @@ def _own_stages(
     image_tokens = height * width // architecture.patch_size**2
     text_tokens = facts.text_tokens(config.data.max_sequence_length)
     cut = cut_model(config, architecture, image_tokens, text_tokens)
-    backend = TorchBackend()
+    backend, call_block = TorchBackend(), _block_call(config, mesh.device)
     return [
         MMDiTStage(
             architecture,
@@ -311,9 +312,19 @@ def _own_stages(
             layers=cut[placement.stage(mesh.pipeline_rank, chunk)],
             sequence_parallel=config.parallel.sequence_parallel,
             activation_checkpointing=config.train.activation_checkpointing,
+            call_block=call_block,
         )
         for chunk in range(placement.chunks)
     ]
+
+
+def _block_call(config: Config, device: torch.device) -> BlockCall:
+    """How blocks are called, by ``precision.compile``."""
+    chosen = config.precision.compile
+    if not (device.type == "cuda" if chosen is None else chosen):
+        return run_block
+    # Each picture size is several graphs, which take a minute: many sizes share theirs.
+    return compiled_run_block(dynamic=False if config.data.max_aspect_ratio == 1 else None)
 
 
 def _starting_weights(
