@@ -303,7 +303,7 @@ def _own_stages(
     image_tokens = height * width // architecture.patch_size**2
     text_tokens = facts.text_tokens(config.data.max_sequence_length)
     cut = cut_model(config, architecture, image_tokens, text_tokens)
-    backend, call_block = TorchBackend(), _block_call(config, mesh.device)
+    backend, call_block = TorchBackend(), block_call(config, mesh.device)
     return [
         MMDiTStage(
             architecture,
@@ -318,13 +318,19 @@ def _own_stages(
     ]
 
 
-def _block_call(config: Config, device: torch.device) -> BlockCall:
-    """How blocks are called, by ``precision.compile``."""
+def block_call(config: Config, device: torch.device) -> BlockCall:
+    """How blocks are called on a device, by ``precision.compile``."""
     chosen = config.precision.compile
     if not (device.type == "cuda" if chosen is None else chosen):
         return run_block
     # Each picture size is several graphs, which take a minute: many sizes share theirs.
-    return compiled_run_block(dynamic=False if config.data.max_aspect_ratio == 1 else None)
+    dynamic = False if config.data.max_aspect_ratio == 1 else None
+    options: dict[str, Any] = {}
+    if config.parallel.tensor_model_parallel_size > 1:
+        # Peers compute the same weights' gradients, to the bit: none may choose a reduction by its
+        # own stopwatch. With run.deterministic no process does.
+        options["options"] = {"deterministic": True}
+    return compiled_run_block(dynamic=dynamic, **options)
 
 
 def _starting_weights(

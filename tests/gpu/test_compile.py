@@ -67,7 +67,7 @@ def test_compiled_gradient_equals_the_eager_one(recompute: str, group: int) -> N
     eager = Steps(run_block, torch.bfloat16, recompute, group).run()
     compiled = Steps(compiled_run_block(), torch.bfloat16, recompute, group)
     tolerance = 1.5 * (eager - exact).norm()
-    assert 0 < tolerance < 0.2 * exact.norm()
+    assert 0 < tolerance < 0.5 * exact.norm()
     assert (compiled.run() - exact).norm() <= tolerance
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert (compiled.run() - exact).norm() <= tolerance

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from soar_mega.backends.torch import TorchBackend
-from soar_mega.config import SoarConfig
+from soar_mega.config import Config, SoarConfig
 from soar_mega.model.config import MMDiTConfig
 from soar_mega.model.init import initialise
 from soar_mega.model.payload import PassSize, Payload
@@ -28,6 +28,7 @@ from soar_mega.passes import MicroBatch, TextCondition
 from soar_mega.pipeline.actions import Kind
 from soar_mega.pipeline.engine import Pipeline
 from soar_mega.pipeline.schedules import build_schedule
+from soar_mega.training.setup import block_call
 
 MODEL = MMDiTConfig(
     sample_size=8,
@@ -229,6 +230,34 @@ def test_stages_of_a_rank_share_their_graphs() -> None:
         shapes = stage.payload_shapes(*size)
         stage.run(Payload.unpack(torch.zeros(shapes.numel), shapes).leaves(), size)
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize(
+    ("chosen", "device", "compiled"),
+    [
+        (None, "cpu", False),
+        (None, "cuda", True),
+        (True, "cpu", True),
+        (False, "cuda", False),
+    ],
+)
+@pytest.mark.parametrize("tensor_size", [1, 2])
+def test_the_configuration_chooses(
+    chosen: bool | None, device: str, compiled: bool, tensor_size: int
+) -> None:
+    config = Config.model_validate(
+        {
+            "run": {"dir": "runs/x"},
+            "model": {"pretrained": "x"},
+            "parallel": {"tensor_model_parallel_size": tensor_size},
+            "precision": {"compile": chosen},
+            "objective": {"name": "soar"},
+            "data": {"shards": "x"},
+            "train": {"max_train_steps": 1, "micro_batch_size": 1, "global_batch_size": 1},
+        }
+    )
+    call = block_call(config, torch.device(device))
+    assert (call is not run_block) == compiled
 
 
 def test_many_picture_sizes_share_their_graphs() -> None:
