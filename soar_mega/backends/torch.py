@@ -7,9 +7,8 @@ tensor rank's share of the tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from soar_mega.backends import Overlap, WeightWork
 from soar_mega.backends.elementwise import Elementwise
+from soar_mega.backends.weight_gradients import WeightGradients, adding_linear
 from soar_mega.parallel.collectives import (
     copy_to_tensor_ranks,
     gather_tokens,
@@ -29,64 +29,6 @@ from soar_mega.parallel.layout import ParameterLayout, new_parameter
 from soar_mega.parallel.mesh import Mesh
 
 
-class _WeightGradients:
-    """Does weight gradients at once, or holds them for later."""
-
-    def __init__(self) -> None:
-        self._held: WeightWork | None = None
-
-    @contextmanager
-    def hold(self) -> Iterator[WeightWork]:
-        held: WeightWork = []
-        self._held = held
-        try:
-            yield held
-        finally:
-            self._held = None
-
-    def do(self, work: Callable[[], None]) -> None:
-        if self._held is None:
-            work()
-        else:
-            self._held.append(work)
-
-
-@torch.no_grad()  # also where it runs later, outside a backward
-def _add_gradients(x: Tensor, grad: Tensor, weight: Any, bias: Any) -> None:
-    """Add a linear layer's weight and bias gradients into their ``main_grad``."""
-    grad_NO, x_ND = grad.flatten(0, -2), x.flatten(0, -2)
-    if weight.main_grad.dtype == grad.dtype:
-        weight.main_grad.addmm_(grad_NO.t(), x_ND)
-    else:
-        weight.main_grad.add_(grad_NO.t() @ x_ND)
-    if bias is not None:
-        bias.main_grad.add_(grad_NO.sum(dim=0))
-
-
-class _AddingLinear(torch.autograd.Function):
-    """A linear layer whose backward adds the weight gradient into ``main_grad``, now or later.
-
-    The plain way makes the whole gradient as a new tensor first and adds it after. Autograd gets no
-    gradient of these parameters, so those without ``main_grad`` take the plain way.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gradients: _WeightGradients
-    ) -> Tensor:
-        ctx.save_for_backward(x)
-        # Not saved as tensors: recomputation would hand back copies without main_grad.
-        ctx.weight, ctx.bias, ctx.gradients = weight, bias, gradients
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
-        (x,) = ctx.saved_tensors
-        # Detached: work that waits must not keep the graph behind its input alive.
-        ctx.gradients.do(partial(_add_gradients, x.detach(), grad, ctx.weight, ctx.bias))
-        return grad @ ctx.weight if ctx.needs_input_grad[0] else None, None, None, None
-
-
 class _Linear(nn.Module):
     """Local rows and columns of a linear layer, no communication."""
 
@@ -95,7 +37,7 @@ class _Linear(nn.Module):
         weight: ParameterLayout,
         bias: ParameterLayout,
         mesh: Mesh,
-        gradients: _WeightGradients,
+        gradients: WeightGradients,
     ) -> None:
         super().__init__()
         self.mesh, self.gradients = mesh, gradients
@@ -103,14 +45,14 @@ class _Linear(nn.Module):
         self.weight.data = self.weight.data.flatten(0, -2)
         self.bias = new_parameter(bias, mesh)
         self.bias.data = self.bias.data.flatten()
+        gradients.add(self)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._product(x, self.bias)
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if hasattr(self.weight, "main_grad") and torch.is_grad_enabled():
-            result: Tensor = _AddingLinear.apply(x, self.weight, bias, self.gradients)
-            return result
+            return adding_linear(x, self.weight, bias, self.gradients)
         return F.linear(x, self.weight, bias)
 
 
@@ -165,7 +107,8 @@ class _RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
+        composed = torch.compiler.is_compiling()  # a compiler fuses the norm with what is around it
+        if not composed and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
             result: Tensor = _ExactRMSNorm.apply(x, self.weight, self.eps)
             return result
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
@@ -179,7 +122,7 @@ class TorchBackend:
 
     def __init__(self) -> None:
         self.elementwise = Elementwise()
-        self._gradients = _WeightGradients()
+        self._gradients = WeightGradients()
 
     def for_layer(self, layer: int) -> TorchBackend:
         return self

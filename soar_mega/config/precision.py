@@ -29,6 +29,11 @@ class PrecisionConfig(Section):
     grad_reduce_dtype: Literal["fp32", "bf16"] = Field(
         "fp32", description="Gradients while they are summed over data-parallel ranks."
     )
+    compile: bool | None = Field(
+        None,
+        description="Use torch.compile: on whole blocks (backend torch), on what is between their "
+        "linears (te); null: on CUDA.",
+    )
 
     @property
     def recipe(self) -> Literal["current", "block", "delayed", "mxfp8"] | None:

@@ -1,4 +1,4 @@
-"""Activation checkpointing of blocks."""
+"""How a block is called: with activation checkpointing, and compiled."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from torch.utils.checkpoint import (
 )
 
 from soar_mega.backends import Backend
+
+# ``run_block`` or what does the same.
+BlockCall = Callable[..., Any]
 
 
 class Recompute(StrEnum):
@@ -58,3 +61,30 @@ def run_block(
         preserve_rng_state=False,
         context_fn=partial(create_selective_checkpoint_contexts, _policy),
     )
+
+
+# One code object serves every kind of block, with and without gradient, in every size of a pass and
+# of a picture. torch's default of 8 graphs is too few for that, and one more would be an error.
+_MOST_GRAPHS = 2**20
+
+
+def compiled_run_block(*, dynamic: bool | None = False, **options: Any) -> BlockCall:
+    """``run_block`` under torch.compile, whole blocks, recomputation included.
+
+    Blocks of a kind share their graphs: one for each size of a pass, with and without gradient.
+
+    Args:
+        dynamic: False: a graph for each size. None: from the second size on one for all, which
+            may be slower; for runs with many sizes.
+        options: Others of ``torch.compile``.
+    """
+    compiled = torch.compile(run_block, fullgraph=True, dynamic=dynamic, **options)
+    limits = {"recompile_limit": _MOST_GRAPHS, "accumulated_recompile_limit": _MOST_GRAPHS}
+
+    def call(
+        recompute: Recompute, backend: Backend, block: Callable[..., Any], *inputs: Any
+    ) -> Any:
+        with torch._dynamo.config.patch(limits):
+            return compiled(recompute, backend, block, *inputs)
+
+    return call

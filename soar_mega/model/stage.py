@@ -20,7 +20,7 @@ from soar_mega.model.config import MMDiTConfig
 from soar_mega.model.embeddings import Conditioning, PatchEmbed, TextEmbed, whole_linear
 from soar_mega.model.modulation import modulation_linear, modulations
 from soar_mega.model.payload import PassSize, Payload, PayloadShapes
-from soar_mega.model.recompute import Recompute, run_block
+from soar_mega.model.recompute import BlockCall, Recompute, run_block
 from soar_mega.parallel.collectives import gather_tokens, padded_length
 from soar_mega.parallel.layout import GradientKind
 from soar_mega.parallel.mesh import Mesh
@@ -80,6 +80,7 @@ class MMDiTStage(nn.Module):
         activation_checkpointing: ``none``, ``selective`` (matrix products and attention are kept,
             the rest computed again) or ``full`` (blocks are computed again); passes without
             gradient ignore it.
+        call_block: Calls a block; ``compiled_run_block()`` on a backend that it can trace.
 
     Raises:
         ValueError: The tensor-parallel size does not cut the model, or ``layers`` is no slice
@@ -102,6 +103,7 @@ class MMDiTStage(nn.Module):
         layers: range | None = None,
         sequence_parallel: bool = False,
         activation_checkpointing: ActivationCheckpointing = "none",
+        call_block: BlockCall = run_block,
     ) -> None:
         super().__init__()
         config.check_tensor_parallel(mesh.tensor_size)
@@ -119,6 +121,7 @@ class MMDiTStage(nn.Module):
         self.is_first = self.layers.start == 0
         self.is_last = self.layers.stop == config.num_layers
         self.recompute = Recompute(activation_checkpointing)
+        self._call_block = call_block
         parts = (config, mesh, backend, sequence_parallel)
         if self.is_first:
             self.patch_embed = PatchEmbed(*parts)
@@ -197,7 +200,7 @@ class MMDiTStage(nn.Module):
         )
         with self.backend.precision():
             for index, block in enumerate(self._blocks()):
-                image_lBD, text_tBD = run_block(
+                image_lBD, text_tBD = self._call_block(
                     self.recompute,
                     self.backend,
                     block,

@@ -17,6 +17,8 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives  # registers torch.ops._c10d_functional
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed import distributed_c10d as c10d
 
 from soar_mega.parallel.errors import waiting_for
 from soar_mega.parallel.mesh import Mesh
@@ -28,32 +30,50 @@ reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduc
 
 _PEERS = "tensor-parallel peers"
 _on_meta = torch.ops._c10d_functional
+_tracing = torch.compiler.is_compiling
+_group_named: Any = c10d._resolve_process_group  # torch 2.13 has a type for the name, 2.11 not
 
 
 def _all_reduce(x: Tensor, mesh: Mesh) -> Tensor:
     if x.is_meta:
         return _on_meta.all_reduce(x, "sum", "tensor")
-    x = x.contiguous() if not x.is_contiguous() else x.clone()
-    with waiting_for(_PEERS):
-        dist.all_reduce(x, group=mesh.tensor_group)
-    return x
+    return _traced_all_reduce(x, _name(mesh)) if _tracing() else _reduced(x, mesh.tensor_group)
 
 
 def _all_gather(x: Tensor, mesh: Mesh) -> Tensor:
     if x.is_meta:
         return _on_meta.all_gather_into_tensor(x, mesh.tensor_size, "tensor")
-    out = x.new_empty((mesh.tensor_size * x.shape[0], *x.shape[1:]))
-    with waiting_for(_PEERS):
-        all_gather_into(out, x.contiguous(), group=mesh.tensor_group)
-    return out
+    parts = x, mesh.tensor_size
+    return _traced_gather(*parts, _name(mesh)) if _tracing() else _gather(*parts, mesh.tensor_group)
 
 
 def _reduce_scatter(x: Tensor, mesh: Mesh) -> Tensor:
     if x.is_meta:
         return _on_meta.reduce_scatter_tensor(x, "sum", mesh.tensor_size, "tensor")
-    out = x.new_empty((x.shape[0] // mesh.tensor_size, *x.shape[1:]))
+    parts = x, mesh.tensor_size
+    if _tracing():
+        return _traced_scatter(*parts, _name(mesh))
+    return _scattered(*parts, mesh.tensor_group)
+
+
+def _reduced(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    x = x.contiguous() if not x.is_contiguous() else x.clone()
     with waiting_for(_PEERS):
-        reduce_scatter_into(out, x.contiguous(), group=mesh.tensor_group)
+        dist.all_reduce(x, group=group)
+    return x
+
+
+def _gather(x: Tensor, size: int, group: ProcessGroup | None) -> Tensor:
+    out = x.new_empty((size * x.shape[0], *x.shape[1:]))
+    with waiting_for(_PEERS):
+        all_gather_into(out, x.contiguous(), group=group)
+    return out
+
+
+def _scattered(x: Tensor, size: int, group: ProcessGroup | None) -> Tensor:
+    out = x.new_empty((x.shape[0] // size, *x.shape[1:]))
+    with waiting_for(_PEERS):
+        reduce_scatter_into(out, x.contiguous(), group=group)
     return out
 
 
@@ -149,3 +169,42 @@ def pad_tokens(x_LBD: Tensor, length: int) -> Tensor:
     """Zero rows appended up to ``length`` tokens."""
     missing = length - x_LBD.shape[0]
     return x_LBD if missing == 0 else F.pad(x_LBD, (0, 0) * (x_LBD.dim() - 1) + (0, missing))
+
+
+# A compiler sees a collective as one operator that it cannot look into; what names the group to it
+# is a word, which is the same for all blocks.
+
+
+def _name(mesh: Mesh) -> str:
+    assert mesh.tensor_group is not None
+    return mesh.tensor_group.group_name
+
+
+@torch.library.custom_op("soar_mega::all_reduce", mutates_args=())
+def _traced_all_reduce(x: Tensor, group: str) -> Tensor:
+    return _reduced(x, _group_named(group))
+
+
+@_traced_all_reduce.register_fake
+def _(x: Tensor, group: str) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("soar_mega::all_gather", mutates_args=())
+def _traced_gather(x: Tensor, size: int, group: str) -> Tensor:
+    return _gather(x, size, _group_named(group))
+
+
+@_traced_gather.register_fake
+def _(x: Tensor, size: int, group: str) -> Tensor:
+    return x.new_empty((size * x.shape[0], *x.shape[1:]))
+
+
+@torch.library.custom_op("soar_mega::reduce_scatter", mutates_args=())
+def _traced_scatter(x: Tensor, size: int, group: str) -> Tensor:
+    return _scattered(x, size, _group_named(group))
+
+
+@_traced_scatter.register_fake
+def _(x: Tensor, size: int, group: str) -> Tensor:
+    return x.new_empty((x.shape[0] // size, *x.shape[1:]))

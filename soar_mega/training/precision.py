@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from soar_mega.backends import Backend
+from soar_mega.backends.elementwise import Elementwise
 from soar_mega.backends.te import overlap
 from soar_mega.backends.te.backend import TEBackend
 from soar_mega.backends.te.recipes import multiple_of, why_not
@@ -13,6 +16,7 @@ from soar_mega.config import Config, ConfigError
 from soar_mega.config.precision import PrecisionConfig
 from soar_mega.launch.optional import OPTIONAL, is_there
 from soar_mega.model.config import MMDiTConfig
+from soar_mega.model.recompute import BlockCall, compiled_run_block, run_block
 from soar_mega.parallel.collectives import padded_length
 from soar_mega.parallel.mesh import Mesh, stage_group
 from soar_mega.pipeline.actions import Kind, Schedule
@@ -122,5 +126,34 @@ def make_backend(
         bf16_layers=precision.bf16_layers,
         split_backwards=Kind.INPUT_BACKWARD in kinds,
         amax_group=stage_group(mesh) if precision.recipe == "delayed" else None,
+        elementwise=_elementwise(config, mesh.device),
         overlaps=overlaps,
     )
+
+
+def block_call(config: Config, device: torch.device) -> BlockCall:
+    """How blocks are called on a device; Transformer Engine's cannot be compiled whole."""
+    if config.precision.backend == "te" or not _compiles(config, device):
+        return run_block
+    # Each picture size is several graphs, which take a minute: many sizes share theirs.
+    dynamic = False if config.data.max_aspect_ratio == 1 else None
+    return compiled_run_block(dynamic=dynamic, **_compile_options(config))
+
+
+def _elementwise(config: Config, device: torch.device) -> Elementwise:
+    if not _compiles(config, device):
+        return Elementwise()
+    return Elementwise.compiled(**_compile_options(config))
+
+
+def _compiles(config: Config, device: torch.device) -> bool:
+    chosen = config.precision.compile
+    return device.type == "cuda" if chosen is None else chosen
+
+
+def _compile_options(config: Config) -> dict[str, Any]:
+    if config.parallel.tensor_model_parallel_size == 1:
+        return {}
+    # Peers compute the same weights' gradients, to the bit: none may choose a reduction by its own
+    # stopwatch. With run.deterministic no process does.
+    return {"options": {"deterministic": True}}

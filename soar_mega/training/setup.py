@@ -44,7 +44,7 @@ from soar_mega.pipeline.schedules import build_schedule
 from soar_mega.training.feed import DTYPES, Feed
 from soar_mega.training.health import Health
 from soar_mega.training.layout import check_layout, cut_model
-from soar_mega.training.precision import make_backend
+from soar_mega.training.precision import block_call, make_backend
 from soar_mega.training.resuming import Resumed, find, resume
 from soar_mega.training.saving import Saver
 from soar_mega.training.step import Stepper
@@ -304,6 +304,7 @@ def _own_stages(
     cut = cut_model(config, architecture, image_tokens, text_tokens)
     placement = schedule.step.placement
     backend = make_backend(config, architecture, mesh, schedule, image_tokens)
+    call_block = block_call(config, mesh.device)
     return [
         MMDiTStage(
             architecture,
@@ -312,6 +313,7 @@ def _own_stages(
             layers=cut[placement.stage(mesh.pipeline_rank, chunk)],
             sequence_parallel=config.parallel.sequence_parallel,
             activation_checkpointing=config.train.activation_checkpointing,
+            call_block=call_block,
         )
         for chunk in range(placement.chunks)
     ]
