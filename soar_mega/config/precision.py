@@ -29,10 +29,10 @@ class PrecisionConfig(Section):
     grad_reduce_dtype: Literal["fp32", "bf16"] = Field(
         "fp32", description="Gradients while they are summed over data-parallel ranks."
     )
-    compile: bool | None = Field(
-        None,
+    compile: bool = Field(
+        False,
         description="Use torch.compile: on whole blocks (backend torch), on what is between their "
-        "linears (te); null: on CUDA.",
+        "linears (te).",
     )
 
     @property

@@ -126,29 +126,24 @@ def make_backend(
         bf16_layers=precision.bf16_layers,
         split_backwards=Kind.INPUT_BACKWARD in kinds,
         amax_group=stage_group(mesh) if precision.recipe == "delayed" else None,
-        elementwise=_elementwise(config, mesh.device),
+        elementwise=_elementwise(config),
         overlaps=overlaps,
     )
 
 
-def block_call(config: Config, device: torch.device) -> BlockCall:
-    """How blocks are called on a device; Transformer Engine's cannot be compiled whole."""
-    if config.precision.backend == "te" or not _compiles(config, device):
+def block_call(config: Config) -> BlockCall:
+    """How blocks are called; Transformer Engine's cannot be compiled whole."""
+    if config.precision.backend == "te" or not config.precision.compile:
         return run_block
     # Each picture size is several graphs, which take a minute: many sizes share theirs.
     dynamic = False if config.data.max_aspect_ratio == 1 else None
     return compiled_run_block(dynamic=dynamic, **_compile_options(config))
 
 
-def _elementwise(config: Config, device: torch.device) -> Elementwise:
-    if not _compiles(config, device):
+def _elementwise(config: Config) -> Elementwise:
+    if not config.precision.compile:
         return Elementwise()
     return Elementwise.compiled(**_compile_options(config))
-
-
-def _compiles(config: Config, device: torch.device) -> bool:
-    chosen = config.precision.compile
-    return device.type == "cuda" if chosen is None else chosen
 
 
 def _compile_options(config: Config) -> dict[str, Any]:

@@ -304,7 +304,7 @@ def _own_stages(
     cut = cut_model(config, architecture, image_tokens, text_tokens)
     placement = schedule.step.placement
     backend = make_backend(config, architecture, mesh, schedule, image_tokens)
-    call_block = block_call(config, mesh.device)
+    call_block = block_call(config)
     return [
         MMDiTStage(
             architecture,

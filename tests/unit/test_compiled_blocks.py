@@ -232,32 +232,22 @@ def test_stages_of_a_rank_share_their_graphs() -> None:
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize(
-    ("chosen", "device", "compiled"),
-    [
-        (None, "cpu", False),
-        (None, "cuda", True),
-        (True, "cpu", True),
-        (False, "cuda", False),
-    ],
-)
+@pytest.mark.parametrize("backend", ["torch", "te"])
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("tensor_size", [1, 2])
-def test_the_configuration_chooses(
-    chosen: bool | None, device: str, compiled: bool, tensor_size: int
-) -> None:
+def test_the_configuration_chooses(backend: str, compiled: bool, tensor_size: int) -> None:
     config = Config.model_validate(
         {
             "run": {"dir": "runs/x"},
             "model": {"pretrained": "x"},
             "parallel": {"tensor_model_parallel_size": tensor_size},
-            "precision": {"compile": chosen},
+            "precision": {"compile": compiled, "backend": backend},
             "objective": {"name": "soar"},
             "data": {"shards": "x"},
             "train": {"max_train_steps": 1, "micro_batch_size": 1, "global_batch_size": 1},
         }
     )
-    call = block_call(config, torch.device(device))
-    assert (call is not run_block) == compiled
+    assert (block_call(config) is not run_block) == (compiled and backend == "torch")
 
 
 def test_many_picture_sizes_share_their_graphs() -> None:
