@@ -14,7 +14,7 @@ OURS, EIGHT_BITS, REFERENCE = (37, 99, 176), (16, 145, 120), (150, 158, 171)
 WHITE = (255, 255, 255)
 BOUNDS = ((196, 56, 108), (226, 106, 72))
 
-LEFT, PLOT, COLUMNS = 244.0, 560.0, (72.0, 150.0, 236.0)
+LEFT, PLOT, COLUMNS = 216.0, 560.0, (64.0, 138.0, 226.0, 326.0)
 RIGHT = COLUMNS[-1] + 24
 TOP, ROW, BAR, FOOT = 96.0, 26.0, 17.0, 66.0
 
@@ -57,10 +57,15 @@ class _Table:
         text = self.canvas.text
         machine, versions = self.record["hardware"], self.record["versions"]
         text(24, self.top + 26, title(self.table), 16, INK)
-        below = f"{subtitle(self.table)}; {machine.get('gpu', machine['cpu'])}; "
+        below = f"{machine.get('gpu', machine['cpu'])}; {subtitle(self.table)}; "
         text(24, self.top + 48, below + f"torch {versions['torch']}", 11, FAINT)
         self.axis()
-        heads = ("MFU" if self.record["peak_tflops"] else "TFLOP/s", "+ peak GiB", "x reference")
+        heads = (
+            "MFU" if self.record["peak_tflops"] else "TFLOP/s",
+            "+ peak GiB",
+            "x reference",
+            "x same recomp.",
+        )
         for at, words in zip(COLUMNS, heads, strict=True):
             text(LEFT + PLOT + at, self.first - 12, words, 10, FAINT, "right")
         for index, side in enumerate(self.table["sides"]):
@@ -79,7 +84,7 @@ class _Table:
             self.canvas.line(x, self.first, x, self.last, GRID)
             self.canvas.text(x, self.last + 11, f"{at * step:g}", 10, FAINT, "middle")
         words = "samples/s" + (" per GPU" if self.record["device"] == "cuda" else "")
-        self.canvas.text(LEFT + PLOT, self.last + 28, words, 11, FAINT, "right")
+        self.canvas.text(LEFT + PLOT / 2, self.last + 28, words, 11, FAINT, "middle")
 
     def row(self, side: Mapping[str, Any], middle: float) -> None:
         text = self.canvas.text
@@ -100,11 +105,11 @@ class _Table:
         else:
             text(end + 6, middle, shown, 11, INK)
         rate = f"{median['model_tflops']:.3g}" if median["mfu"] is None else f"{median['mfu']:.1%}"
-        ratio = side["ratios"].get("as published") or side["ratios"].get("same recomputation")
+        ratios = [side["ratios"].get(name) for name in ("as published", "same recomputation")]
         cells = (
             rate,
             f"{median['peak_growth_bytes'] / 2**30:.2f}",
-            "" if ratio is None else f"{ratio['speed']:.2f}",
+            *("" if ratio is None else f"{ratio['speed']:.2f}" for ratio in ratios),
         )
         for at, words in zip(COLUMNS, cells, strict=True):
             text(LEFT + PLOT + at, middle, words, 11, INK, "right")

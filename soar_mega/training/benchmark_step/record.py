@@ -6,8 +6,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +15,47 @@ import torch
 import soar_mega
 from soar_mega.config import ConfigError
 from soar_mega.launch.provenance import git_state, package_versions
+from soar_mega.telemetry.flops import known_peak_tflops
 from soar_mega.training.benchmark import Case, hardware
-from soar_mega.training.benchmark_step.compare import Found, Plan, table_of
+from soar_mega.training.benchmark_step.compare import Found, Plan, compare, table_of
 from soar_mega.training.benchmark_step.load import Load
-from soar_mega.training.benchmark_step.measure import Measured
+from soar_mega.training.benchmark_step.measure import (
+    Measured,
+    Runner,
+    matrix_tflops,
+    runner_for,
+)
 from soar_mega.training.benchmark_step.variants import Variant
 
 WHAT = "training step: this project against the published procedure on diffusers' model"
 _EARLIER = "SOAR step: this project against a plain loop on diffusers' model"
 
 
-def record_of(
+def measure_all(
     plan: Plan,
-    tables: list[dict[str, Any]],
     *,
-    peak_tflops: float | None,
-    matrix_tflops: float,
+    run: Runner | None = None,
+    say: Callable[[str], None] = lambda _: None,
+    keep: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """What is written as JSON.
+    """Measure what is planned.
 
     Args:
-        plan: What was measured.
-        tables: See ``compare.table_of``.
-        peak_tflops: Dense bf16 peak of the device by its data sheet; None: unknown.
-        matrix_tflops: What a large matrix product reached on it.
+        plan: Loads of one device and number format.
+        run: Measures one side once; None: as fits the device.
+        say: Gets a line after each measurement.
+        keep: Gets the record so far after each measurement.
+
+    Returns:
+        The record: machine, versions, plan; ``peak_tflops``, the device's dense bf16 peak by its
+        data sheet, None where unknown; ``matrix_tflops``, what a large matrix product reaches;
+        ``tables``, see ``compare.table_of``.
     """
     load = plan.loads[0]
-    return {
+    peak = None
+    if load.device == "cuda":
+        peak = known_peak_tflops(torch.cuda.get_device_name())
+    record = {
         "what": WHAT,
         "hardware": machine(load.device),
         "versions": versions(),
@@ -52,10 +65,17 @@ def record_of(
         "repeats": plan.repeats,
         "steps": plan.steps,
         "warmup": plan.warmup,
-        "peak_tflops": peak_tflops,
-        "matrix_tflops": matrix_tflops,
-        "tables": tables,
+        "peak_tflops": peak,
+        "matrix_tflops": matrix_tflops(load),
     }
+    tables = compare(
+        plan,
+        run or runner_for(load.device),
+        peak_tflops=peak,
+        say=say,
+        keep=lambda tables: keep(record | {"tables": tables}),
+    )
+    return record | {"tables": tables}
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -141,6 +161,8 @@ def _from_earlier(record: Mapping[str, Any]) -> dict[str, Any]:
         for name, variant in sides.items()
     }
     table = table_of(load, found, None)
+    for side in table["sides"]:
+        side["median"]["total_peak_bytes"] = None
     return {
         "what": WHAT,
         "hardware": {"cpu": record["hardware"]},
@@ -151,5 +173,4 @@ def _from_earlier(record: Mapping[str, Any]) -> dict[str, Any]:
         "matrix_tflops": None,
         "tables": [table],
         "command": record["command"],
-        "case": asdict(case),
     }

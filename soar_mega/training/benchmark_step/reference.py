@@ -10,6 +10,7 @@ Legend: B samples, N auxiliary states, C/H/W latent channels, height, width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,9 +50,7 @@ def draw(micro: MicroBatch, states: int) -> Draws:
     table = SHIFT * t / (1 + (SHIFT - 1) * t)
     t0_B = torch.sigmoid(torch.randn(B, device=device))
     t1_B = (t0_B - 1 / SAMPLING_STEPS).clamp(min=0)
-    sigma0_B, sigma1_B = (
-        table[((1 - t_B) * 1000).long().clamp(0, 999)] for t_B in (t0_B, t1_B)
-    )
+    sigma0_B, sigma1_B = (table[((1 - t_B) * 1000).long().clamp(0, 999)] for t_B in (t0_B, t1_B))
     lower_B = sigma1_B.clamp(min=MIN_AUX_SIGMA)
     share_NB = torch.rand(states, B, device=device)
     return Draws(
@@ -82,21 +81,19 @@ class ReferenceSide:
             self.model.enable_gradient_checkpointing()
         self._dtype, self._micro = load.torch_dtype, load.microbatch(variant)
         self._states = load.trajectory_length if load.objective == "soar" else 0
-        self._weights = list(self.model.parameters())
-        for weight in self._weights:
-            weight.grad = torch.zeros_like(weight)
-        self._masters: list[Tensor] = []
+        self._weights: list[Tensor] = list(self.model.parameters())
+        self._gradients = _give_gradients(self._weights)
+        self._masters: list[Tensor] = self._weights
+        self._master_gradients = self._gradients
         self._adam: torch.optim.Optimizer | None = None
         if load.optimizer:
             self._make_optimizer()
         self._zero_gradients()  # written, as on the other side, before memory is looked at
 
     def _make_optimizer(self) -> None:
-        self._masters = self._weights
         if self._dtype != torch.float32:
             self._masters = [weight.detach().float() for weight in self._weights]
-            for master in self._masters:
-                master.grad = torch.zeros_like(master)
+            self._master_gradients = _give_gradients(self._masters)
         self._adam = torch.optim.AdamW(
             self._masters, lr=LEARNING_RATE, weight_decay=1e-4, fused=True
         )
@@ -127,7 +124,7 @@ class ReferenceSide:
             velocity_BCHW = self._velocity(state_BCHW, sigma_B, micro.prompt)
             losses.append((velocity_BCHW - target_BCHW).square().mean())
         loss = torch.stack(losses).mean()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss.detach()
 
     def _velocity(self, z_BCHW: Tensor, sigma_B: Tensor, text: TextCondition) -> Tensor:
@@ -147,7 +144,7 @@ class ReferenceSide:
         return empty_BCHW + GUIDANCE * (prompted_BCHW - empty_BCHW)
 
     def _zero_gradients(self) -> None:
-        torch._foreach_zero_([weight.grad for weight in self._weights if weight.grad is not None])
+        torch._foreach_zero_(self._gradients)
 
     @torch.no_grad()
     def _update(self) -> None:
@@ -155,11 +152,16 @@ class ReferenceSide:
             return
         separate = self._masters is not self._weights
         if separate:
-            torch._foreach_copy_(
-                [master.grad for master in self._masters],
-                [weight.grad for weight in self._weights],
-            )
+            torch._foreach_copy_(self._master_gradients, self._gradients)
         torch.nn.utils.clip_grad_norm_(self._masters, MAX_GRAD_NORM)
         self._adam.step()
         if separate:
             torch._foreach_copy_(self._weights, self._masters)
+
+
+def _give_gradients(weights: Sequence[Tensor]) -> list[Tensor]:
+    """Zero gradients that stay, as the other side's do: every backward adds into them."""
+    gradients = [torch.zeros_like(weight, requires_grad=False) for weight in weights]
+    for weight, gradient in zip(weights, gradients, strict=True):
+        weight.grad = gradient
+    return gradients

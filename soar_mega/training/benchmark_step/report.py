@@ -18,7 +18,7 @@ def bounds(record: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, flo
         factor = table["sides"][0]["factor"]
     rates = {
         "peak of the data sheet": record["peak_tflops"],
-        "speed of a large matrix product": record["matrix_tflops"],
+        "speed of large matrix products": record["matrix_tflops"],
     }
     work = factor * table["forward_tflop"]
     return {name: rate / work for name, rate in rates.items() if rate is not None}
@@ -38,8 +38,10 @@ def title(table: Mapping[str, Any]) -> str:
 def subtitle(table: Mapping[str, Any]) -> str:
     """Of the model, and whose work a step includes."""
     optimizer = "with AdamW" if table["load"]["optimizer"] else "without optimizer"
+    count = table["parameters"]
+    size = f"{count / 1e9:.3g}B" if count >= 1e9 else f"{count / 1e6:.3g}M"
     return (
-        f"{table['parameters'] / 1e6:,.0f}M parameters, F = {table['forward_tflop']:.4g} TFLOP, "
+        f"{size} parameters, a forward of a sample is {table['forward_tflop']:.4g} TFLOP, "
         f"{optimizer} on both sides"
     )
 
@@ -53,12 +55,12 @@ def lines(record: Mapping[str, Any]) -> Iterator[str]:
         yield title(table)
         yield subtitle(table)
         yield (
-            f"{'':<34}{'':>3}{'samples/s':>10}{'TFLOP/s':>9}{'MFU':>7}{'+peak':>8}{'total':>8}"
-            f"{'published':>17}{'same recomp.':>17}"
+            f"{'':<37}{'samples/s':>10}{'model':>9}{'':>7}{'+peak':>8}{'total':>8}"
+            f"{'to the reference':>18}{'same recomputed':>18}"
         )
         yield (
-            f"  {'':<32}{'k':>3}{'per GPU':>10}{'of the model':>16}{'GiB':>8}{'GiB':>8}"
-            f"{'speed  memory':>17}{'speed  memory':>17}"
+            f"  {'':<32}{'k':>3}{'a device':>10}{'TFLOP/s':>9}{'MFU':>7}{'GiB':>8}{'GiB':>8}"
+            f"{'speed  memory':>18}{'speed  memory':>18}"
         )
         yield from map(_row, table["sides"])
         for name, samples in bounds(record, table).items():
@@ -73,13 +75,15 @@ def _row(side: Mapping[str, Any]) -> str:
         return f"{head}  not measured"
     median = side["median"]
     mfu = "" if median["mfu"] is None else f"{median['mfu']:.1%}"
+    total = median["total_peak_bytes"]
     row = (
-        f"{head}{median['samples_per_s']:>10.4g}{median['model_tflops']:>9.4g}{mfu:>7}"
-        f"{median['peak_growth_bytes'] / _GIB:>8.2f}{median['total_peak_bytes'] / _GIB:>8.2f}"
+        f"{head}{median['samples_per_s']:>10.4g}{median['model_tflops']:>9.3g}{mfu:>7}"
+        f"{median['peak_growth_bytes'] / _GIB:>8.2f}"
+        f"{'' if total is None else f'{total / _GIB:.2f}':>8}"
     )
     for name in ("as published", "same recomputation"):
         ratio = side["ratios"].get(name)
-        row += f"{'':>17}" if ratio is None else f"{_pair(ratio):>17}"
+        row += f"{'':>18}" if ratio is None else f"{_pair(ratio):>18}"
     return row.rstrip()
 
 
