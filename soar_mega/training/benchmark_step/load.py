@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,9 +102,7 @@ class Load:
 
     def parameters(self) -> int:
         """Of the model."""
-        stage = MMDiTStage(self.architecture, Mesh.single("meta"), TorchBackend())
-        shapes = (layout.global_shape for layout in parameter_layouts(stage).values())
-        return sum(torch.Size(shape).numel() for shape in shapes)
+        return _count_parameters(self.architecture)
 
     def microbatch(self, variant: Variant) -> MicroBatch:
         """Made-up encoded data on the device, the same for every variant."""
@@ -119,6 +118,13 @@ class Load:
     def default_micro_batch(self) -> int:
         """Samples of a step where none are given."""
         return _MICRO_BATCH.get((self.name, self.objective), 4)
+
+
+@cache
+def _count_parameters(architecture: MMDiTConfig) -> int:
+    stage = MMDiTStage(architecture, Mesh.single("meta"), TorchBackend())
+    shapes = (layout.global_shape for layout in parameter_layouts(stage).values())
+    return sum(torch.Size(shape).numel() for shape in shapes)
 
 
 def published(folder: Path, objective: Literal["sft", "soar"], **more: Any) -> Load:

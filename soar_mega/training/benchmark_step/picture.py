@@ -16,7 +16,7 @@ BOUNDS = ((196, 56, 108), (226, 106, 72))
 
 LEFT, PLOT, COLUMNS = 216.0, 560.0, (64.0, 138.0, 226.0, 326.0)
 RIGHT = COLUMNS[-1] + 24
-TOP, ROW, BAR, FOOT = 96.0, 26.0, 17.0, 66.0
+TOP, ROW, BAR, FOOT = 96.0, 26.0, 17.0, 80.0
 
 
 def draw(record: Mapping[str, Any], path: Path) -> None:
@@ -91,7 +91,8 @@ class _Table:
         text(LEFT - 10, middle, side["label"], 11, INK, "right")
         if "median" not in side:
             words = f"failed: {side['failed']}" if "failed" in side else "not measured"
-            room = int(PLOT / (LETTER * 10))
+            end = min((self.x(samples) for samples in self.bounds.values()), default=LEFT + PLOT)
+            room = int((end - LEFT - 12) / (LETTER * 10))
             words = words if len(words) <= room else words[: room - 3] + "..."
             text(LEFT + 6, middle, words, 10, FAINT)
             return
@@ -99,7 +100,7 @@ class _Table:
         end = self.x(median["samples_per_s"])
         colour = colour_of(side["variant"])
         self.canvas.rect(LEFT, middle - BAR / 2, end - LEFT, BAR, colour)
-        shown = f"{median['samples_per_s']:.3g}"
+        shown = _three_digits(median["samples_per_s"])
         if end - LEFT > 60:
             text(end - 6, middle, shown, 11, WHITE, "right")
         else:
@@ -121,10 +122,14 @@ class _Table:
             for dash in range(int((self.last - self.first + 6) / 8)):
                 y = self.first - 6 + 8 * dash
                 self.canvas.rect(at - 0.75, y, 1.5, 5, colour)
-            words = f"bound by the {name}: {samples:.3g}"
-            self.canvas.rect(x, self.last + 43, 12, 3, colour)
-            self.canvas.text(x + 18, self.last + 44.5, words, 11, mix(colour, INK, 0.35))
+            words = f"bound by the {name}: {_three_digits(samples)}"
+            self.canvas.rect(x, self.last + 51, 12, 3, colour)
+            self.canvas.text(x + 18, self.last + 52.5, words, 11, mix(colour, INK, 0.35))
             x += 18 + LETTER * 11 * len(words) + 24
+
+
+def _three_digits(number: float) -> str:
+    return f"{number:#.3g}".rstrip(".")
 
 
 def colour_of(variant: Mapping[str, Any]) -> Colour:
