@@ -1,9 +1,9 @@
 """One side, measured once: times of steps, and memory of one.
 
 On a CPU each measurement is a fresh process: memory is the kernel's own count of the process, and
-what an earlier side's allocator kept would hide in it. On CUDA the sides take turns in one process:
-torch counts its allocations exactly there, a fresh process would add a minute of start-up to each
-side, and a device has room for one side at a time in any case.
+what an earlier side's allocator kept would hide in it. On CUDA the sides take turns in one process,
+where torch counts its own allocations exactly; each is built anew, as a large model leaves no room
+for a second, and what it took is given back before the next.
 """
 
 from __future__ import annotations
