@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 
+from soar_mega.checkpoint.errors import CheckpointError
 from soar_mega.config import ConfigError
 from soar_mega.pipeline.schedules import SCHEDULES
 from soar_mega.telemetry.files import write_whole
@@ -64,7 +65,7 @@ def main() -> None:
     }
     try:
         record = commands[args.what](args)
-    except ConfigError as error:
+    except (ConfigError, CheckpointError) as error:
         parser.error(str(error))
     write(record, args.out)
 
@@ -251,7 +252,17 @@ def cpu(args: argparse.Namespace) -> dict[str, Any]:
     return comparison(loads, args)
 
 
+def check_files(out: Path | None, plot: Path | None) -> None:
+    """Before anything is measured, so that it is not for nothing."""
+    for option, path in (("--out", out), ("--plot", plot)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ConfigError(f"{option} {path}: there is no folder {path.parent}: make it first")
+    if plot is not None and plot.suffix not in (".png", ".svg"):
+        raise ConfigError(f"--plot {plot}: a picture's name must end in .png or .svg")
+
+
 def comparison(loads: list[Load], args: argparse.Namespace) -> dict[str, Any]:
+    check_files(args.out, args.plot)
     variants = DEFAULTS[loads[0].device]
     if args.variant is not None:
         variants = tuple(parse_variant(spec) for spec in args.variant)
@@ -271,6 +282,7 @@ def comparison(loads: list[Load], args: argparse.Namespace) -> dict[str, Any]:
 
 
 def show_record(args: argparse.Namespace) -> dict[str, Any]:
+    check_files(None, args.plot)
     record = read_record(args.record)
     print_and_draw(record, args.plot)
     return record

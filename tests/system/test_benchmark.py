@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,29 @@ def test_training_step_on_the_cpu(tmp_path: Path) -> None:
     assert 0 < growth[0] < growth[1]
     assert ours["ratios"]["same recomputation"]["memory"] == growth[0] / growth[1]
     assert "reference, no checkpointing" in picture.read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--plot", "picture.jpg"], "must end in .png or .svg"),
+        (["--out", "missing/result.json"], "no folder missing"),
+        (["--variant", "fp8_recipe=block"], "add backend=te"),
+    ],
+)
+def test_what_would_fail_at_the_end_is_refused_first(
+    flags: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["tools/benchmark.py", "cpu", *flags])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / "tools/benchmark.py"), run_name="__main__")
+    assert caught.value.code == 2 and words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_schedules_that_sleep(tmp_path: Path) -> None:
