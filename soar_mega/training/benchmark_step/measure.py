@@ -8,6 +8,7 @@ for a second, and what it took is given back before the next.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import math
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -77,14 +79,10 @@ def measure(load: Load, variant: Variant, steps: int, warmup: int) -> Measured:
         torch.set_num_threads(load.threads)
     side = (OurSide if variant.side == "ours" else ReferenceSide)(load, variant)
     on_cuda = load.device == "cuda"
-    # A CPU's allocator keeps what a step has freed, so there it is the first step that shows its
-    # growth. On CUDA that one also tries kernels out.
-    if not on_cuda:
-        memory = _cpu_memory(side.step)
-    for _ in range(warmup - (not on_cuda)):
+    # The first step also loads libraries and tries kernels out, which is no step's memory.
+    for _ in range(warmup):
         side.step()
-    if on_cuda:
-        memory = _cuda_memory(side.step)
+    memory = (_cuda_memory if on_cuda else _cpu_memory)(side.step)
     ready = time.perf_counter() - began
     seconds = []
     for _ in range(steps):
@@ -120,7 +118,11 @@ def _cuda_memory(step: Callable[[], Tensor]) -> tuple[int, int]:
 
 
 def _cpu_memory(step: Callable[[], Tensor]) -> tuple[int, int]:
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the set-up
+    gc.collect()
+    # glibc keeps what was freed; other C libraries have no such call.
+    with suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak until now
     held = _status_bytes("VmRSS")
     step()
     return held, max(_status_bytes("VmHWM") - held, 0)
