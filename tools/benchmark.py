@@ -1,7 +1,10 @@
 #!/usr/bin/env python
-"""Benchmarks on the CPU; each compares its sides within one call and prints ratios of medians.
+"""Benchmarks; each compares its sides within one call and prints ratios of medians.
 
-step        memory and speed of a SOAR step against a plain loop on diffusers' own model
+gpu         speed and memory of a training step of SD3.5-Medium and -Large on one GPU, in many
+            variants, against the published procedure on diffusers' own model
+cpu         the same with a small model in fp32 on the CPU
+show        the tables, and the picture, of a record that gpu or cpu wrote
 schedules   pipeline schedules with stages that sleep in place of computing: the executor against
             the simulator
 pipeline    pipeline schedules on a real model, a core for each process, against the simulator fed
@@ -27,37 +30,57 @@ from typing import Any
 
 import torch
 
+from soar_mega.checkpoint.errors import CheckpointError
+from soar_mega.config import ConfigError
 from soar_mega.pipeline.schedules import SCHEDULES
-from soar_mega.training.benchmark import Case, compare, hardware
+from soar_mega.telemetry.files import write_whole
+from soar_mega.training.benchmark import Case, hardware
 from soar_mega.training.benchmark_checkpoint import StateCase, measure_checkpoints
 from soar_mega.training.benchmark_convert import measure_converters
 from soar_mega.training.benchmark_data import PictureCase, measure_order, measure_pictures
 from soar_mega.training.benchmark_encoded import EncodedCase, measure_encoded
 from soar_mega.training.benchmark_pipeline import BASELINE, Measured, computing, ratios, sleeping
+from soar_mega.training.benchmark_step.compare import Plan
+from soar_mega.training.benchmark_step.load import Load, published, with_optimizer_if_it_fits
+from soar_mega.training.benchmark_step.picture import draw
+from soar_mega.training.benchmark_step.record import measure_all, read_record
+from soar_mega.training.benchmark_step.report import lines
+from soar_mega.training.benchmark_step.variants import DEFAULTS, Variant, parse_variant
 
 
 def main() -> None:
-    args = make_parser().parse_args()
+    parser = make_parser()
+    args = parser.parse_args()
     if args.what in ("schedules", "pipeline") and args.microbatches is None:
         args.microbatches = args.processes
     commands = {
-        "step": step,
+        "gpu": gpu,
+        "cpu": cpu,
+        "show": show_record,
         "schedules": schedules,
         "pipeline": pipeline,
         "data": data,
         "checkpoint": checkpoint,
         "convert": convert,
     }
-    record = commands[args.what](args)
-    record["command"] = shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
-    if args.out is not None:
-        args.out.write_text(json.dumps(record, indent=2) + "\n")
+    try:
+        record = commands[args.what](args)
+    except (ConfigError, CheckpointError) as error:
+        parser.error(str(error))
+    write(record, args.out)
+
+
+def write(record: dict[str, Any], out: Path | None) -> None:
+    """A record with the command it is from."""
+    if out is not None:
+        command = shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+        write_whole(out, json.dumps({"command": command} | record, indent=2) + "\n")
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="example: python tools/benchmark.py step --repeats 5 --out result.json",
+        epilog="example: python tools/benchmark.py cpu --repeats 5 --out result.json",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
@@ -86,9 +109,58 @@ def make_parser() -> argparse.ArgumentParser:
             help="beside sequential",
         )
 
-    one = command("step")
-    one.add_argument("--steps", type=int, default=3, help="timed steps of each process")
-    case(one)
+    def compared(one: argparse.ArgumentParser, *, steps: int, warmup: int) -> None:
+        one.add_argument(
+            "--objective",
+            nargs="+",
+            choices=("soar", "sft"),
+            default=["soar"],
+            help="SOAR with one path, or flow matching",
+        )
+        one.add_argument(
+            "--variant",
+            action="append",
+            metavar="KEY=VALUE,...",
+            help="what to measure, repeatable ('' is torch, nothing recomputed); keys: "
+            f"{', '.join(field.name for field in fields(Variant))}; None: a list of them",
+        )
+        one.add_argument(
+            "--micro-batch",
+            nargs="+",
+            type=positive,
+            default=[],
+            help="samples a step; []: as in configs/, else 4",
+        )
+        one.add_argument(
+            "--no-reference", action="store_true", help="measure the given variants only"
+        )
+        one.add_argument("--steps", type=positive, default=steps, help="timed, of a measurement")
+        one.add_argument("--warmup", type=positive, default=warmup, help="steps before those")
+        one.add_argument("--plot", type=Path, help="draw the record, as PNG or SVG")
+
+    one = command("gpu")
+    architectures = Path("configs/architectures")
+    one.add_argument(
+        "--architecture",
+        nargs="+",
+        type=Path,
+        default=[architectures / "sd35_medium"],
+        help=f"folders with transformer/config.json, as {architectures / 'sd35_large'}",
+    )
+    one.add_argument(
+        "--optimizer",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="AdamW on both sides; auto: where its state takes at most 0.6 of the memory",
+    )
+    compared(one, steps=3, warmup=2)
+    one = command("cpu")
+    compared(one, steps=2, warmup=1)
+    case(one, "batch", "aux_group_size")
+    one = commands.add_parser("show", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    one.add_argument("record", type=Path, help="of gpu or cpu, or of step, as cpu was called once")
+    one.add_argument("--plot", type=Path, help="draw it, as PNG or SVG")
+    one.set_defaults(out=None)
     one = command("schedules")
     pipelined(one, 4, ("1f1b", "zero_bubble", "zero_bubble_v"))
     one.add_argument("--unit", type=float, default=0.02, help="seconds of a rank's forward")
@@ -137,11 +209,89 @@ def size_of(text: str) -> tuple[int, int]:
     return width, height
 
 
-def step(args: argparse.Namespace) -> dict[str, Any]:
-    record = compare(case_of(args), args.repeats, args.steps, print)
-    print(f"peak memory growth: {record['memory_ratio']:.2f} of the plain loop's")
-    print(f"speed: {record['speedup']:.2f} times the plain loop's")
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return number
+
+
+def gpu(args: argparse.Namespace) -> dict[str, Any]:
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "gpu needs a CUDA device, and torch finds none: use a machine with one, or "
+            "tools/benchmark.py cpu"
+        )
+    memory = torch.cuda.get_device_properties(0).total_memory
+    loads = [
+        published(folder, objective, optimizer=args.optimizer == "on")
+        for folder in args.architecture
+        for objective in args.objective
+    ]
+    if args.optimizer == "auto":
+        loads = [with_optimizer_if_it_fits(load, memory) for load in loads]
+    return comparison(loads, args)
+
+
+def cpu(args: argparse.Namespace) -> dict[str, Any]:
+    case = case_of(args, batch=0, aux_group_size=1)
+    loads = [
+        Load(
+            "small",
+            case.architecture(),
+            objective,
+            device="cpu",
+            dtype="fp32",
+            latent_size=case.latent_size,
+            text_tokens=case.text_tokens,
+            trajectory_length=case.trajectory_length,
+            threads=case.threads,
+        )
+        for objective in args.objective
+    ]
+    return comparison(loads, args)
+
+
+def check_files(out: Path | None, plot: Path | None) -> None:
+    """Before anything is measured, so that it is not for nothing."""
+    for option, path in (("--out", out), ("--plot", plot)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ConfigError(f"{option} {path}: there is no folder {path.parent}: make it first")
+    if plot is not None and plot.suffix not in (".png", ".svg"):
+        raise ConfigError(f"--plot {plot}: a picture's name must end in .png or .svg")
+
+
+def comparison(loads: list[Load], args: argparse.Namespace) -> dict[str, Any]:
+    check_files(args.out, args.plot)
+    variants = DEFAULTS[loads[0].device]
+    if args.variant is not None:
+        variants = tuple(parse_variant(spec) for spec in args.variant)
+    plan = Plan(
+        tuple(loads),
+        variants,
+        tuple(args.micro_batch),
+        with_reference=not args.no_reference,
+        repeats=args.repeats,
+        steps=args.steps,
+        warmup=args.warmup,
+    )
+    # Written after each measurement: what is done is not lost when the time is up.
+    record = measure_all(plan, say=print, keep=lambda part: write(part, args.out))
+    print_and_draw(record, args.plot)
     return record
+
+
+def show_record(args: argparse.Namespace) -> dict[str, Any]:
+    check_files(None, args.plot)
+    record = read_record(args.record)
+    print_and_draw(record, args.plot)
+    return record
+
+
+def print_and_draw(record: dict[str, Any], plot: Path | None) -> None:
+    print(*lines(record), sep="\n")
+    if plot is not None:
+        draw(record, plot)
 
 
 def schedules(args: argparse.Namespace) -> dict[str, Any]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from soar_mega.training import benchmark_data
 from tests.runs import Tiny
@@ -29,15 +32,52 @@ def record_of(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     return record
 
 
-def test_record_of_a_small_case(tmp_path: Path) -> None:
-    record = record_of(tmp_path, "step", *SMALL, "--steps", "1", "--threads", "1")
-    assert record["case"]["layers"] == 3
-    assert len(record["runs"]["ours"]) == len(record["runs"]["plain"]) == 1
-    assert record["hardware"] and record["command"].startswith("python tools/benchmark.py")
+def test_training_step_on_the_cpu(tmp_path: Path) -> None:
+    picture = tmp_path / "picture.svg"
+    sides = ["--no-reference", "--variant", "", "--variant", "side=reference"]
+    short = ["--steps", "1", "--warmup", "1", "--threads", "1", "--micro-batch", "4"]
+    record = record_of(tmp_path, "cpu", *SMALL, *sides, *short, "--plot", str(picture))
+    assert record["command"].startswith("python tools/benchmark.py cpu")
+    assert record["hardware"]["cpu"] and record["versions"]["torch"] == torch.__version__
+    assert record["matrix_tflops"] > 0
+    (table,) = record["tables"]
+    assert table["load"]["architecture"]["num_layers"] == 3 and table["load"]["dtype"] == "fp32"
+    ours, plain = table["sides"]
+    assert (ours["factor"], plain["factor"]) == (22, 23)
+    for side in (ours, plain):
+        (run,) = side["runs"]
+        assert run["seconds"] == [side["median"]["seconds"]] and math.isfinite(run["loss"])
+        assert side["median"]["samples_per_s"] == pytest.approx(4 / run["seconds"][0])
+        rate = side["median"]["samples_per_s"] * side["factor"] * table["forward_tflop"]
+        assert side["median"]["model_tflops"] == pytest.approx(rate)
     # Even so small, keeping every graph must show: no bound on the ratio, only its direction.
-    plain, ours = (record["median"][side]["peak_growth_mib"] for side in ("plain", "ours"))
-    assert 0 < ours < plain
-    assert record["memory_ratio"] == ours / plain
+    growth = [side["median"]["peak_growth_bytes"] for side in (ours, plain)]
+    assert 0 < growth[0] < growth[1]
+    assert ours["ratios"]["same recomputation"]["memory"] == growth[0] / growth[1]
+    assert "reference, no checkpointing" in picture.read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--plot", "picture.jpg"], "must end in .png or .svg"),
+        (["--out", "missing/result.json"], "no folder missing"),
+        (["--variant", "fp8_recipe=block"], "add backend=te"),
+    ],
+)
+def test_what_would_fail_at_the_end_is_refused_first(
+    flags: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["tools/benchmark.py", "cpu", *flags])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / "tools/benchmark.py"), run_name="__main__")
+    assert caught.value.code == 2 and words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_schedules_that_sleep(tmp_path: Path) -> None:
