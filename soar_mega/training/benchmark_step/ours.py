@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from soar_mega.backends import Backend
+from soar_mega.backends.elementwise import Elementwise
+from soar_mega.backends.te.backend import TEBackend
 from soar_mega.backends.torch import TorchBackend
 from soar_mega.config import ConfigError
+from soar_mega.config.precision import PrecisionConfig
 from soar_mega.config.schema import OptimizerConfig
 from soar_mega.model.config import MMDiTConfig
+from soar_mega.model.recompute import compiled_run_block
 from soar_mega.model.stage import MMDiTStage
 from soar_mega.objectives import make_objective
 from soar_mega.parallel.mesh import Mesh
@@ -26,29 +32,38 @@ from soar_mega.pipeline.schedules import build_schedule
 from soar_mega.training.benchmark_step.load import LEARNING_RATE, MAX_GRAD_NORM, SHIFT, Load
 from soar_mega.training.benchmark_step.variants import Variant
 from soar_mega.training.optimizer import ShardOptimizer
+from soar_mega.training.precision import check_backend
 
 
 def make_stages(variant: Variant, architecture: MMDiTConfig, mesh: Mesh) -> list[MMDiTStage]:
     """The stages of a variant, without weights: one, the whole model.
 
     Raises:
-        ConfigError: This version has no such backend, or cannot compile.
+        ConfigError: Its backend or recipe does not run here, or does not go with its recomputation.
     """
-    if variant.backend != "torch":
+    precision = PrecisionConfig(
+        backend=variant.backend,
+        fp8_recipe=variant.fp8_recipe,
+        compile=variant.compile,
+    )
+    check_backend(precision, mesh.device)
+    recompute = variant.activation_checkpointing
+    if variant.backend == "te" and (
+        recompute == "selective" or (recompute == "full" and variant.fp8_recipe == "delayed")
+    ):
         raise ConfigError(
-            f"backend={variant.backend}: this version has the torch backend alone: use "
-            "backend=torch"
+            f"activation_checkpointing={recompute} does not go with backend=te"
+            f"{',fp8_recipe=delayed' if recompute == 'full' else ''}: use none"
         )
-    if variant.compile:
-        raise ConfigError("compile=on: this version compiles nothing: use compile=off")
-    return [
-        MMDiTStage(
-            architecture,
-            mesh,
-            TorchBackend(),
-            activation_checkpointing=variant.activation_checkpointing,
-        )
-    ]
+    options: dict[str, Any] = {}
+    if variant.backend == "te":
+        elementwise = Elementwise.compiled() if variant.compile else Elementwise()
+        backend: Backend = TEBackend(precision.recipe, elementwise=elementwise)
+    else:
+        backend = TorchBackend()
+        if variant.compile:
+            options["call_block"] = compiled_run_block()
+    return [MMDiTStage(architecture, mesh, backend, activation_checkpointing=recompute, **options)]
 
 
 class OurSide:
@@ -88,7 +103,8 @@ class OurSide:
     def step(self) -> Tensor:
         """One training step, with draws of its own; the loss, 0-d."""
         self.parameters.zero_gradients()
-        loss = self.backward(replace(self._micro, step=self._done))
+        with self.stages[0].backend.training_step(watch=False):
+            loss = self.backward(replace(self._micro, step=self._done))
         self._update()
         self._done += 1
         return loss
