@@ -16,6 +16,7 @@ from soar_mega.launch.environment import ProcessEnvironment
 from soar_mega.launch.findings import Finding, ranks_at
 from soar_mega.launch.optional import OPTIONAL, find, is_there
 from soar_mega.launch.provenance import git_state, package_versions
+from soar_mega.launch.requirements import version_range, within
 
 _NEEDED = ("torch", "diffusers", "transformers", "webdataset")
 _SHOWN = ("Python", "torch", "CUDA", "NCCL", "diffusers", "transformers", "webdataset")
@@ -162,6 +163,14 @@ def version_findings(
             f"versions: not installed: {', '.join(lacking)}",
             "install soar-mega with this Python",
             cause="input",
+        )
+    torch_range = version_range("torch")
+    version = first.versions.get("torch")
+    if torch_range is not None and version is not None and not within(version, torch_range):
+        yield Finding(
+            "note",
+            f"versions: torch {version} is outside the {torch_range} that soar-mega is made for; "
+            "it may work all the same",
         )
     if not differs:
         shown = [f"{name} {first.versions.get(name) or 'none'}" for name in _SHOWN]
