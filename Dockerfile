@@ -21,7 +21,7 @@ WORKDIR /opt/soar_mega
 # Dependencies first: this layer stays when only our code changes.
 COPY pyproject.toml constraints.txt ./
 COPY soar_mega/__init__.py soar_mega/
-COPY soar_mega/launch/__init__.py soar_mega/launch/requirements.py soar_mega/launch/
+COPY soar_mega/install/__init__.py soar_mega/install/requirements.py soar_mega/install/
 COPY tools/image_requirements.py tools/
 # The image's torch is a pre-release to pip ("2.13.0a0+..."), which torch>=2.11 does not take: so torch
 # is never asked for. PIP_CONSTRAINT is NVIDIA's list of all packages, also of those that need to be

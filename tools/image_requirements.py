@@ -14,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from soar_mega.launch.requirements import constraints, installed_versions, moved, needed
+from soar_mega.install.requirements import constraints, installed_versions, moved, needed
 
 ROOT = Path(__file__).resolve().parents[1]
 

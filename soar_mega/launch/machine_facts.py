@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import soar_mega
+from soar_mega.install.requirements import version_range, within
 from soar_mega.launch.addresses import only_loopback, resolve
 from soar_mega.launch.environment import ProcessEnvironment
 from soar_mega.launch.findings import Finding, ranks_at
 from soar_mega.launch.optional import OPTIONAL, find, is_there
 from soar_mega.launch.provenance import git_state, package_versions
-from soar_mega.launch.requirements import version_range, within
 
 _NEEDED = ("torch", "diffusers", "transformers", "webdataset")
 _SHOWN = ("Python", "torch", "CUDA", "NCCL", "diffusers", "transformers", "webdataset")

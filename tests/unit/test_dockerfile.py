@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from soar_mega.launch.requirements import (
+from soar_mega.install.requirements import (
     constraints,
     installed_versions,
     is_provided,

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from soar_mega.install.requirements import version_range
 from soar_mega.launch import machine_facts
 from soar_mega.launch.addresses import address_problem, unreachable
 from soar_mega.launch.all_reduce import all_reduce_findings, bandwidth
@@ -28,7 +29,6 @@ from soar_mega.launch.machine_facts import (
     name_findings,
     version_findings,
 )
-from soar_mega.launch.requirements import version_range
 from soar_mega.launch.roll_call import LostRank0Error, RollCall
 from soar_mega.launch.shared_storage import (
     Token,
