@@ -2,8 +2,8 @@
 """Carries what the project needs to a GPU machine that has torch and no internet.
 
 pack    on a machine with a package registry: download the wheels (diffusers, pydantic, DALI,
-        Transformer Engine, ... and the source of its torch extension; no torch, no CUDA libraries, no apex)
-        and cut them into numbered folders, each small enough for one upload.
+        Transformer Engine, ... and the source of its torch extension; no torch, no CUDA
+        libraries, no apex) and cut them into numbered folders, each small enough for one upload.
 unpack  on the GPU machine: join the folders that have arrived, verify them, install what is not
         there yet, compile Transformer Engine's extension against the torch that is there, and say
         what imports. torch is left as it is. It can be called again.

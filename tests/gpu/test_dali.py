@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("pydantic", reason="pydantic is not installed")
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
