@@ -30,7 +30,7 @@ RUN version() { python -c 'import torch; print(torch.__version__)'; }; \
     before="$(version)"; work="$(mktemp -d)"; export PYTHONPATH=.; \
     python tools/image_requirements.py --out "$work" --extras $EXTRAS; \
     env -u PIP_CONSTRAINT python -m pip install --no-cache-dir --break-system-packages \
-      -c "$work/constraints.txt" -r "$work/requirements.txt"; \
+      -c "$work/constraints.txt" -r "$work/requirements.txt" pytest; \
     python tools/image_requirements.py --out "$work" --check; \
     after="$(version)"; rm -r "$work"; \
     if [[ "$after" != "$before" ]]; then echo "torch was $before, is $after" >&2; exit 1; fi

@@ -139,8 +139,15 @@ esac
 
 
 def build(state: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The RUN that installs dependencies, in this repository, with a python that records."""
-    (run,) = [run for run in runs() if "image_requirements" in run]
+    """The RUN that installs dependencies, on what was copied before, with a python that records."""
+    lines = instructions()
+    at = next(n for n, (keyword, rest) in enumerate(lines) if keyword == "RUN")
+    run, folder = lines[at][1], state / "image"
+    for sources in (rest.split() for keyword, rest in lines[:at] if keyword == "COPY"):
+        target = folder / sources.pop()
+        target.mkdir(parents=True, exist_ok=True)
+        for source in sources:
+            shutil.copy(ROOT / source, target)
     (state / "python").write_text(FAKE)
     (state / "python").chmod(0o755)
     (state / "torch").write_text("2.13.0a0+8145d630e8.nv26.06\n")
@@ -149,7 +156,7 @@ def build(state: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     names |= {"PATH": f"{state}:{os.environ['PATH']}", "PIP_CONSTRAINT": "/etc/pip/constraint.txt"}
     return subprocess.run(
         ["bash", "-euo", "pipefail", "-c", run],
-        cwd=ROOT,
+        cwd=folder,
         env={**os.environ, **names, "EXTRAS": extras.split('"')[1], **environment},
         capture_output=True,
         text=True,

@@ -151,18 +151,18 @@ class DaliDecoder:
                 encoded=[np.frombuffer(jobs[one.number].data, np.uint8) for one in batch],
                 **{name: [values[name] for values in inputs] for name in inputs[0]},
             )
-            finished: Sequence[Pixels]
-            if self._handover is not None:
-                finished = self._handover.take(output, [one.placement for one in batch])
-            else:
-                found = [np.asarray(output.at(row)) for row in range(len(batch))]
-                finished = [one.placement.finish(f) for one, f in zip(batch, found, strict=True)]
-            return {one.number: pixels for one, pixels in zip(batch, finished, strict=True)}
         except Exception:  # of any C++ exception's Python name
             self.rebuilds += 1
             self._pipeline = None  # the old one's memory goes before the new one's comes
             self._pipeline = self._build()
             return {}
+        finished: Sequence[Pixels]
+        if self._handover is not None:
+            finished = self._handover.take(output, [one.placement for one in batch])
+        else:
+            found = [np.asarray(output.at(row)) for row in range(len(batch))]
+            finished = [one.placement.finish(f) for one, f in zip(batch, found, strict=True)]
+        return {one.number: pixels for one, pixels in zip(batch, finished, strict=True)}
 
     def _build(self) -> Any:
         pipeline = self._graph()
