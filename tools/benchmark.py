@@ -327,6 +327,9 @@ def data(args: argparse.Namespace) -> dict[str, Any]:
             found = measure_pictures(pictures, (width, height), args.repeats, Path(folder, name))
             record["pictures"][name] = found
             show(f"{name} to {args.resolution} px", found["median"], "plain webdataset")
+            for side, core in found["per_core"].items():
+                times = f"{core['times_one_core_of_pil']:.2f} times one core of ours with PIL"
+                print(f"  {side}: {core['pictures_per_s']:.1f} pictures/s of a CPU core, {times}")
         record["encoded"] = measure_encoded(encoded, args.repeats, Path(folder, "encoded"))
         show("encoded samples", record["encoded"]["median"], "a bare read, new buffers")
         for buffer, part in record["encoded"]["ours_of_bare_read"].items():

@@ -17,7 +17,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import torch
 
-from soar_mega.data.decode.interface import Decoder
+from soar_mega.data.decode.handover import stack_pixels
+from soar_mega.data.decode.interface import Decoder, Pixels
 from soar_mega.data.decode.model_range import to_model_range
 from soar_mega.data.encoders import FrozenEncoders
 from soar_mega.data.errors import BadSampleError, DataError
@@ -200,7 +201,7 @@ class OnlineRows:
         encoded: _Encoded,
         missing: Sequence[Picture],
         good: Sequence[Picture],
-        pixels: dict[Picture, np.ndarray],
+        pixels: dict[Picture, Pixels],
     ) -> None:
         """Posteriors of ``missing``; zeros for those that are not ``good``."""
         device = self._mesh.device
@@ -211,11 +212,9 @@ class OnlineRows:
         sizes: dict[tuple[int, ...], list[int]] = {}
         for row, picture in enumerate(own):
             if picture in pixels:
-                sizes.setdefault(pixels[picture].shape, []).append(row)
+                sizes.setdefault(tuple(pixels[picture].shape), []).append(row)
         for rows in sizes.values():
-            batch = torch.from_numpy(np.stack([pixels[own[row]] for row in rows]))
-            if device.type == "cuda":
-                batch = batch.pin_memory().to(device, non_blocking=True)
+            batch = stack_pixels([pixels[own[row]] for row in rows], device)
             encoding = self._encoders.encode_images(to_model_range(batch))
             flat = torch.cat(encoding, dim=1).flatten(1)
             own_RX[torch.tensor(rows, device=device), : flat.shape[1]] = flat

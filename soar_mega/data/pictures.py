@@ -11,9 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
-import numpy as np
-
-from soar_mega.data.decode.interface import DecodeJob, Decoder
+from soar_mega.data.decode.interface import DecodeJob, Decoder, Pixels
 from soar_mega.data.errors import BadSampleError
 from soar_mega.data.plan import Picture
 from soar_mega.data.shards.index import ShardIndex
@@ -26,12 +24,13 @@ class Fetched:
     """What could be had of some pictures.
 
     Attributes:
-        pixels: uint8 (H, W, 3) RGB of the good ones that were asked for in full.
+        pixels: uint8 (H, W, 3) RGB of the good ones that were asked for in full; on the host, or
+            where the decoder has put them.
         captions: Of all whose caption can be read.
         errors: What is wrong with the bad ones.
     """
 
-    pixels: dict[Picture, np.ndarray]
+    pixels: dict[Picture, Pixels]
     captions: dict[Picture, str]
     errors: dict[Picture, BadSampleError]
 
@@ -76,7 +75,7 @@ class PictureReader:
                 jobs.append((picture, DecodeJob(data, picture.view, where)))
         with self._decoding:
             results = self._decoder.decode([job for _, job in jobs])
-        pixels: dict[Picture, np.ndarray] = {}
+        pixels: dict[Picture, Pixels] = {}
         for (picture, _), result in zip(jobs, results, strict=True):
             if isinstance(result, BadSampleError):
                 errors[picture] = result

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import soar_mega
+from soar_mega.install.requirements import version_range, within
 from soar_mega.launch.addresses import only_loopback, resolve
 from soar_mega.launch.environment import ProcessEnvironment
 from soar_mega.launch.findings import Finding, ranks_at
@@ -162,6 +163,14 @@ def version_findings(
             f"versions: not installed: {', '.join(lacking)}",
             "install soar-mega with this Python",
             cause="input",
+        )
+    torch_range = version_range("torch")
+    version = first.versions.get("torch")
+    if torch_range is not None and version is not None and not within(version, torch_range):
+        yield Finding(
+            "note",
+            f"versions: torch {version} is outside the {torch_range} that soar-mega is made for; "
+            "it may work all the same",
         )
     if not differs:
         shown = [f"{name} {first.versions.get(name) or 'none'}" for name in _SHOWN]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+pytest.importorskip("pydantic", reason="pydantic is not installed")
+
 from soar_mega.config.schema import OptimizerConfig
 from soar_mega.launch.optional import is_there
 from soar_mega.training.optimizer import ShardOptimizer

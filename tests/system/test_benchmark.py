@@ -114,6 +114,9 @@ def test_data(tmp_path: Path) -> None:
             assert one["samples_per_s"] == pytest.approx(4 / run["seconds"])
             assert one["cpu_ms_per_sample"] == pytest.approx(250 * run["cpu_seconds"])
             assert run["cpu_seconds"] > 0
+            core = found["per_core"][name]
+            assert core["pictures_per_s"] == pytest.approx(4 / run["cpu_seconds"])
+        assert found["per_core"]["ours, PIL"]["times_one_core_of_pil"] == 1
     encoded = record["encoded"]
     assert encoded["sample_bytes"] == 2 * (32 * 64 * 64 + 77 * (2048 + 4096) + 2048)
     assert encoded["tar_bytes"] > 16 * encoded["sample_bytes"]

@@ -32,7 +32,8 @@ ALLOWED: dict[str, set[str]] = {
     "sampling": {"model", "pipeline", "parallel"},
     "training": BELOW_TRAINING | {"telemetry", "launch"},
     "telemetry": {"config"},
-    "launch": {"config", "telemetry"},
+    "install": set(),
+    "launch": {"config", "telemetry", "install"},
     "evaluation": {"sampling", "checkpoint", "telemetry", "data"},
 }
 ENTRY_POINTS = {"train"}

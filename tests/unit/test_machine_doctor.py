@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from soar_mega.install.requirements import version_range
 from soar_mega.launch import machine_facts
 from soar_mega.launch.addresses import address_problem, unreachable
 from soar_mega.launch.all_reduce import all_reduce_findings, bandwidth
@@ -72,6 +73,38 @@ def problems(findings: Iterable[Finding]) -> list[Finding]:
 
 def said(findings: Iterable[Finding]) -> str:
     return "\n".join(map(str, findings))
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"),
+    [
+        ("2.11.0", True),
+        ("2.11.0+cu130", True),
+        ("2.11.0a0+a6c236b9fd.nv26.03.46836102", True),
+        ("2.13.0a0+8145d630e8.nv26.06", True),
+        ("2.10.0a0+b4e4ee81d3.nv25.12", False),
+        ("2.14.0a0+4fdf77b940.nv26.8.63802676", False),
+        ("2.14.0.dev20260901", False),
+        ("2.9.1", False),
+        ("of our own", False),
+    ],
+)
+def test_nvidias_builds_of_torch_count_as_the_release_they_become(version: str, fits: bool) -> None:
+    assert version_range("torch") == ">=2.11,<2.14"
+    facts = everyone(versions={**PLAIN.versions, "torch": version})
+    found = list(version_findings(facts, HOSTS, {}))
+    assert not problems(found)
+    assert (f"torch {version} is outside the >=2.11,<2.14" in said(found)) is not fits
+
+
+def test_two_builds_of_one_release_are_not_the_same_everywhere() -> None:
+    facts = everyone()
+    other = {**PLAIN.versions, "torch": "2.11.0a0+a6c236b9fd.nv26.03"}
+    facts[3] = replace(facts[3], versions=other)
+    (problem,) = problems(version_findings(facts, HOSTS, {}))
+    assert (
+        "torch is not the same everywhere" in problem.text and "nv26.03 on rank 3" in problem.text
+    )
 
 
 def test_ranks_in_words() -> None:

@@ -8,6 +8,9 @@ DALI gives no result for a whole batch when one picture of it is bad, and may no
 is given only JPEGs whose structure was walked through and found whole; where it fails all the same,
 its pipeline is made anew and PIL decodes the batch.
 
+With a GPU, JPEGs are decoded and resized there (DALI calls that mixed: the host reads the entropy
+coding's structure), and the pixels stay there. What goes to PIL is the same as without one.
+
 Legend: H height, W width, C = 3 channels.
 """
 
@@ -22,7 +25,8 @@ import numpy as np
 from PIL.JpegImagePlugin import JpegImageFile
 
 from soar_mega.data.decode.geometry import Placement, place
-from soar_mega.data.decode.interface import DecodeJob
+from soar_mega.data.decode.handover import GpuHandover
+from soar_mega.data.decode.interface import DecodeJob, Pixels
 from soar_mega.data.decode.jpeg import plain_jpeg_size
 from soar_mega.data.decode.pil import MAX_PIXELS, PilDecoder, open_picture, orientation
 from soar_mega.data.errors import BadSampleError, DataError
@@ -78,8 +82,8 @@ class _Accepted:
 class DaliDecoder:
     """Decodes plain JPEGs with DALI and everything else with PIL; a ``Decoder``.
 
-    With ``device_id`` JPEGs are decoded and resized on that GPU. This way has not been run on a GPU
-    yet.
+    With ``device_id`` JPEGs are decoded and resized on that GPU, and ``decode`` gives tensors there
+    for them, arrays on the host for the rest. This way has not been run on a GPU yet.
 
     Args:
         num_threads: DALI's threads, and PIL's.
@@ -105,12 +109,13 @@ class DaliDecoder:
         self._num_threads, self._batch_size = max(1, num_threads), batch_size
         self._device_id, self._filter = device_id, filter
         self.rebuilds = 0
+        self._handover = None if device_id is None else GpuHandover(device_id)
         self._pipeline = self._build()
         self._pil = PilDecoder(num_threads)
 
-    def decode(self, jobs: Sequence[DecodeJob]) -> list[np.ndarray | BadSampleError]:
+    def decode(self, jobs: Sequence[DecodeJob]) -> list[Pixels | BadSampleError]:
         """uint8 (H, W, C) RGB of each job, or why it cannot be had."""
-        results: dict[int, np.ndarray | BadSampleError] = {}
+        results: dict[int, Pixels | BadSampleError] = {}
         found = [_accept(number, job, self._filter) for number, job in enumerate(jobs)]
         accepted = [one for one in found if one is not None]
         for batch in self._batches(accepted):
@@ -138,7 +143,7 @@ class DaliDecoder:
         if batch:
             yield batch
 
-    def _run(self, jobs: Sequence[DecodeJob], batch: list[_Accepted]) -> dict[int, np.ndarray]:
+    def _run(self, jobs: Sequence[DecodeJob], batch: list[_Accepted]) -> dict[int, Pixels]:
         """Pixels by number of the job; none if DALI fails."""
         inputs = [one.inputs() for one in batch]
         try:
@@ -146,18 +151,25 @@ class DaliDecoder:
                 encoded=[np.frombuffer(jobs[one.number].data, np.uint8) for one in batch],
                 **{name: [values[name] for values in inputs] for name in inputs[0]},
             )
-            pixels = output.as_cpu()
-            return {
-                one.number: one.placement.finish(np.asarray(pixels.at(row)))
-                for row, one in enumerate(batch)
-            }
         except Exception:  # of any C++ exception's Python name
             self.rebuilds += 1
             self._pipeline = None  # the old one's memory goes before the new one's comes
             self._pipeline = self._build()
             return {}
+        finished: Sequence[Pixels]
+        if self._handover is not None:
+            finished = self._handover.take(output, [one.placement for one in batch])
+        else:
+            found = [np.asarray(output.at(row)) for row in range(len(batch))]
+            finished = [one.placement.finish(f) for one, f in zip(batch, found, strict=True)]
+        return {one.number: pixels for one, pixels in zip(batch, finished, strict=True)}
 
     def _build(self) -> Any:
+        pipeline = self._graph()
+        pipeline.build()
+        return pipeline
+
+    def _graph(self) -> Any:
         try:
             from nvidia.dali import fn, pipeline_def, types
         except ImportError as error:
@@ -165,8 +177,10 @@ class DaliDecoder:
                 "data.decoder = dali: NVIDIA DALI is not installed. Install it with "
                 "`pip install soar-mega[dali]`, or set data.decoder = pil."
             ) from error
-        on_gpu: dict[str, Any] = {"device": "mixed", "jpeg_fancy_upsampling": True}
-        where = {"device": "cpu"} if self._device_id is None else on_gpu
+        # As the CPU's decoder interpolates colours. The GPU's decoding engine gets a share of each
+        # batch, so a picture's bits would depend on its neighbours there: it gets none.
+        on_gpu = {"device": "mixed", "jpeg_fancy_upsampling": True, "hw_decoder_load": 0.0}
+        where: dict[str, Any] = {"device": "cpu"} if self._device_id is None else on_gpu
         kernels = {"lanczos": types.INTERP_LANCZOS3, "triangular": types.INTERP_LINEAR}
         kernel = kernels[self._filter]
 
@@ -217,9 +231,7 @@ class DaliDecoder:
                 )
             return pixels
 
-        pipeline = graph()
-        pipeline.build()
-        return pipeline
+        return graph()
 
 
 def _accept(number: int, job: DecodeJob, filter: Filter) -> _Accepted | None:

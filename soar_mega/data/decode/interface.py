@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from torch import Tensor
 
 from soar_mega.data.errors import BadSampleError
 
@@ -44,10 +45,14 @@ class DecodeJob:
     where: str
 
 
+# A decoded picture, uint8 (H, W, C) RGB: on the host, or a tensor on the decoder's GPU.
+Pixels = np.ndarray | Tensor
+
+
 class Decoder(Protocol):
     """Decodes many pictures at once; ``decode`` may be called from any one thread at a time."""
 
-    def decode(self, jobs: Sequence[DecodeJob]) -> list[np.ndarray | BadSampleError]:
+    def decode(self, jobs: Sequence[DecodeJob]) -> Sequence[Pixels | BadSampleError]:
         """uint8 (H, W, C) RGB of each job, or why it cannot be had; never raises for bad bytes."""
 
     def close(self) -> None:

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from soar_mega.data.buckets import Bucket, bucket_of
-from soar_mega.data.decode.interface import DecodeJob, Decoder, View
+from soar_mega.data.decode.handover import stack_pixels
+from soar_mega.data.decode.interface import DecodeJob, Decoder, Pixels, View
 from soar_mega.data.decode.model_range import to_model_range
 from soar_mega.data.encoded.format import PayloadLayout
 from soar_mega.data.encoders import FrozenEncoders
@@ -44,7 +45,7 @@ class Refused:
 class _Picture:
     sample: int
     bucket: Bucket
-    pixels_HW3: np.ndarray
+    pixels_HW3: Pixels
     caption: str
 
 
@@ -119,8 +120,8 @@ class SampleEncoder:
             yield from self._encode_bucket(pictures)
 
     def _encode_bucket(self, pictures: list[_Picture]) -> Iterator[Encoded | Refused]:
-        pixels_BHW3 = torch.from_numpy(np.stack([picture.pixels_HW3 for picture in pictures]))
-        pixels_B3HW = to_model_range(pixels_BHW3.to(self._encoders.device))
+        pixels_BHW3 = stack_pixels([one.pixels_HW3 for one in pictures], self._encoders.device)
+        pixels_B3HW = to_model_range(pixels_BHW3)
         mean_BCHW, logvar_BCHW = self._encoders.encode_images(pixels_B3HW)
         captions = [picture.caption for picture in pictures]
         text = self._encoders.encode_prompts(captions, self._layout.t5_tokens)

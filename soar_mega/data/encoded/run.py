@@ -230,7 +230,8 @@ def _write_shards(
 ) -> None:
     from tqdm import tqdm
 
-    decoder = make_decoder(decoder_name, process.num_decode_threads)
+    device_id = encoders.device.index  # of the CPU: None
+    decoder = make_decoder(decoder_name, process.num_decode_threads, device_id=device_id)
     worker = SampleEncoder(index, buckets, encoders, layout, decoder, process.batch_size)
     try:
         for number, (path, samples) in enumerate(todo.items(), 1):

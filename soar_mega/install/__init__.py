@@ -1,0 +1,1 @@
+"""What to install where torch is there already; imported before anything is installed."""
