@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("pydantic", reason="pydantic is not installed")
+
 from soar_mega.backends.elementwise import Elementwise
 from soar_mega.backends.torch import TorchBackend
 from soar_mega.config import SoarConfig

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+pytest.importorskip("pydantic", reason="pydantic is not installed")
+
 from soar_mega.backends.torch import TorchBackend
 from soar_mega.config import FlowMatchingConfig, SoarConfig
 from soar_mega.model.init import initialise
