@@ -1,15 +1,15 @@
 # soar_mega on NVIDIA's PyTorch image, which brings torch, Transformer Engine, apex and DALI:
 #   docker build -t soar_mega .
 #   docker run --rm --gpus all --ipc=host soar_mega python tools/doctor.py configs/sd35_medium_soar.yaml
-# It has not been built or run yet: there was neither Docker nor a GPU where it was written.
+# It has not been built or run yet.
 #
-# torch must be within pyproject.toml's 2.11 to 2.13. What the tags of 2026 have (torch.__version__ in
-# public logs of runs in them; NVIDIA's release notes agree where we saw them quoted: 26.02, 26.05 and
-# 26.06), all with Ubuntu 24.04 and Python 3.12.3:
+# torch must be within pyproject.toml's 2.11 to 2.13. What the tags of 2026 have: torch.__version__ in
+# public logs of runs in them, and for 26.02, 26.05 and 26.06 NVIDIA's release notes as others quote
+# them; we could not read the notes themselves. 26.02 to 26.07 have Python 3.12.
 #   26.02, 26.03  2.11.0a0    26.04, 26.05  2.12.0a0    26.06, 26.07  2.13.0a0    26.08  2.14.0a0
-# 26.06 (2.13.0a0+8145d630e8, CUDA 13.3, Transformer Engine 2.16, driver 580 or newer) is nearest to the
-# 2.13 of our tests. Which versions of apex and DALI it has we did not find written down;
-# `tools/doctor.py` lists what is there, and where one is missing the settings that need it say so.
+# 26.06 (2.13.0a0+8145d630e8, CUDA 13.3, driver 580 or newer) is nearest to the 2.13 of our tests. Which
+# Transformer Engine, apex and DALI it has we did not find for certain (one log has Transformer Engine
+# 2.16): `tools/doctor.py` lists what is there, and settings that need what is not say so.
 ARG BASE_TAG=26.06-py3
 FROM nvcr.io/nvidia/pytorch:${BASE_TAG}
 

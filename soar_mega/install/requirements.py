@@ -12,7 +12,9 @@ import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+_OURS = "soar-mega"
 PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 
 # Brought by the image, as normalised names.
@@ -85,11 +87,14 @@ def version_range(name: str) -> str | None:
     None where nobody knows: this is neither a checkout nor an installed distribution, or the
     project does not depend on it.
     """
-    if PYPROJECT.is_file():
-        requirements: list[str] = tomllib.loads(PYPROJECT.read_text())["project"]["dependencies"]
+    project: dict[str, Any] = {}
+    if PYPROJECT.is_file():  # beside installed packages it would be somebody else's
+        project = tomllib.loads(PYPROJECT.read_text()).get("project", {})
+    if project.get("name") == _OURS:
+        requirements: list[str] = project["dependencies"]
     else:
         try:
-            requirements = importlib.metadata.requires("soar-mega") or []
+            requirements = importlib.metadata.requires(_OURS) or []
         except importlib.metadata.PackageNotFoundError:
             return None
     for requirement in requirements:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from soar_mega.install import requirements
 from soar_mega.install.requirements import version_range
 from soar_mega.launch import machine_facts
 from soar_mega.launch.addresses import address_problem, unreachable
@@ -95,6 +96,20 @@ def test_nvidias_builds_of_torch_count_as_the_release_they_become(version: str, 
     found = list(version_findings(facts, HOSTS, {}))
     assert not problems(found)
     assert (f"torch {version} is outside the >=2.11,<2.14" in said(found)) is not fits
+
+
+def test_the_range_of_torch_is_ours_or_nobodys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An installed package may have somebody else's pyproject.toml where a checkout has ours."""
+    other = tmp_path / "pyproject.toml"
+    monkeypatch.setattr(requirements, "PYPROJECT", other)
+    asked = ["torch<2.20,>=2.12", "torch>=3; extra == 'gpu'"]
+    monkeypatch.setattr(requirements.importlib.metadata, "requires", lambda name: asked)
+    assert version_range("torch") == "<2.20,>=2.12"
+    other.write_text('[project]\nname = "other"\ndependencies = ["torch>=1"]\n')
+    assert version_range("torch") == "<2.20,>=2.12"
+    assert version_range("numpy") is None
 
 
 def test_two_builds_of_one_release_are_not_the_same_everywhere() -> None:
