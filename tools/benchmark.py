@@ -375,8 +375,9 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
     for name, seconds in found["median_seconds"].items():
         line = f"  {name:<24}{seconds:>8.1f} s"
         if name in found["peak_bytes"]:
-            speed = found["times_the_copys_speed"][name]
-            line += f", {speed:.2f} times the copy's speed, "
+            whole = found["times_the_copys_speed"][name]
+            started = found["times_the_copys_speed_once_started"][name]
+            line += f", {whole:.2f} times the copy's speed ({started:.2f} once started), "
             line += f"peak memory {found['peak_bytes'][name] / 1e9:.2f} GB"
         print(line)
     return {

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+pytest.importorskip("pydantic", reason="pydantic is not installed")
+
 from soar_mega.training.benchmark import Case
 from soar_mega.training.benchmark_step.compare import Plan
 from soar_mega.training.benchmark_step.load import Load
