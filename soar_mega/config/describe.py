@@ -58,8 +58,10 @@ def _default(models: list[type[Section]], key: str) -> str:
 
 
 def _allowed(field: FieldInfo) -> str:
-    if get_origin(field.annotation) is Literal and len(get_args(field.annotation)) > 1:
-        return "; " + " | ".join(map(str, get_args(field.annotation)))
+    # The type itself, or what may be null.
+    for kind in (field.annotation, *get_args(field.annotation)):
+        if get_origin(kind) is Literal and len(get_args(kind)) > 1:
+            return "; " + " | ".join(map(str, get_args(kind)))
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     limits = [
         f"{sign} {getattr(rule, name):.6g}"

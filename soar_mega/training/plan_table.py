@@ -108,6 +108,11 @@ def notes(plan: Plan) -> list[str]:
         "Memory is counted on the model's own operations with a GPU's kernels. Left out: the CUDA "
         "context, the allocator's gaps, kernels' and NCCL's own buffers, the batch and its text."
     )
+    if plan.config.precision.backend == "te":
+        found.append(
+            "precision.backend = te is counted and timed as torch's kernels in bf16: FP8's copies "
+            "of weights and inputs, padded tokens and faster products are left out."
+        )
     if plan.split:
         found.append(
             "Between input and weight gradients a microbatch keeps the input of every linear, "
