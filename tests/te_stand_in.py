@@ -67,15 +67,17 @@ class World:
 
     Attributes:
         calls: (what, facts) of every autocast, linear and checkpoint, in order.
-        reduced: Groups over which the histories were reduced.
+        first: Whether the next linear with a graph is its autocast's first: its backward, the last
+            of the pass, updates the histories of gradients.
+        reduced: (direction, group) of each reduction of histories.
     """
 
     def __init__(self) -> None:
         self.autocast: list[SimpleNamespace] = []
-        self.recomputing = False
+        self.first = False
         self.linears: list[Linear] = []
         self.calls: list[tuple[str, dict[str, Any]]] = []
-        self.reduced: list[Any] = []
+        self.reduced: list[tuple[str, Any]] = []
 
     @property
     def recipe(self) -> Any:
@@ -148,6 +150,8 @@ class _Product(torch.autograd.Function):
         else:
             product()
         shown = bias_grad if fp8 or not linear.delayed else None
+        if ctx.call.updates is not None:
+            _update("scaling_bwd", 57344.0, *ctx.call.updates)
         return dgrad, None, shown, None, None
 
 
@@ -176,6 +180,7 @@ class Linear(nn.Module):
         self.delayed = given["delay_wgrad_compute"]
         self.queue: deque[Callable[[], Tensor | None]] = deque()
         self.fp8_meta: dict[str, Any] = {}
+        self.ran = False
         self.workspace: tuple[Tensor, bool] | None = None
         WORLD.linears.append(self)
 
@@ -197,9 +202,14 @@ class Linear(nn.Module):
                 assert not self.sequence_parallel or recipe.reduce_amax
                 self.fp8_meta.setdefault("num_gemms", 1)
                 self.init_fp8_meta_tensors(recipe)
+                self.ran = True
                 self.note("scaling_fwd", x, 0)
             used = self._cached(first, graph)
-        call = SimpleNamespace(linear=self, first=first, fp8=recipe is not None)
+        call = SimpleNamespace(linear=self, first=first, fp8=recipe is not None, updates=None)
+        if recipe is not None and graph:
+            if WORLD.first:
+                call.updates = recipe, WORLD.autocast[-1].group
+            WORLD.first = False
         apart = self.mode == "row"
         out: Tensor = _Product.apply(x, self.weight, None if apart else self.bias, used, call)
         return out + self.bias if apart else out
@@ -237,15 +247,27 @@ class Linear(nn.Module):
             self.bias.grad = bias_grad.to(self.bias.dtype)
 
 
-def _roll(direction: str, largest: float) -> None:
-    """The fused update: row 0 into the history, a new scale, row 0 empty."""
+def _update(direction: str, largest: float, recipe: Any, group: Any) -> None:
+    """Row 0 reduced and rolled into the history, a new scale, row 0 empty; nothing seen: as it is.
+
+    Over all linears that have run, as they stand in the real one's global buffer.
+    """
+    if type(recipe).__name__ != "DelayedScaling":
+        return
+    if recipe.reduce_amax:
+        WORLD.reduced.append((direction, group))
     for linear in WORLD.linears:
-        if direction in linear.fp8_meta:
-            state = linear.fp8_meta[direction]
-            found = state.amax_history.amax(dim=0)
-            state.scale.copy_(torch.where(found > 0, largest / found.clamp(min=1e-12), state.scale))
-            state.amax_history.copy_(state.amax_history.roll(-1, 0))
-            state.amax_history[0] = 0
+        if direction not in linear.fp8_meta or not linear.ran:
+            continue
+        state = linear.fp8_meta[direction]
+        if recipe.reduce_amax:
+            dist.all_reduce(state.amax_history[0], dist.ReduceOp.MAX, group=group)
+        found = state.amax_history.amax(dim=0)
+        good = (found > 0) & found.isfinite()
+        state.scale.copy_(torch.where(good, largest / found.clamp(min=1e-12), state.scale))
+        seen = state.amax_history[0] != 0
+        state.amax_history[:, seen] = state.amax_history.roll(-1, 0)[:, seen]
+        state.amax_history[0] = 0
 
 
 @contextmanager
@@ -254,19 +276,14 @@ def autocast(*arguments: Any, **more: Any) -> Iterator[None]:
     enabled, recipe = given.get("enabled", True), given["recipe"]
     group = given.get("amax_reduction_group")
     WORLD.calls.append(("autocast", {"enabled": enabled, "recipe": recipe, "group": group}))
-    WORLD.autocast.append(SimpleNamespace(enabled=enabled, recipe=recipe))
+    WORLD.first = WORLD.first or not WORLD.autocast
+    WORLD.autocast.append(SimpleNamespace(enabled=enabled, recipe=recipe, group=group))
     try:
         yield
     finally:
         WORLD.autocast.pop()
-        outermost = enabled and not WORLD.autocast and torch.is_grad_enabled()
-        if outermost and type(recipe).__name__ == "DelayedScaling":
-            if recipe.reduce_amax:
-                WORLD.reduced.append(group)
-                for linear in (one for one in WORLD.linears if "scaling_fwd" in one.fp8_meta):
-                    row = linear.fp8_meta["scaling_fwd"].amax_history[0]
-                    dist.all_reduce(row, dist.ReduceOp.MAX, group=group)
-            _roll("scaling_fwd", 448.0)
+        if enabled and not WORLD.autocast and torch.is_grad_enabled():
+            _update("scaling_fwd", 448.0, recipe, group)
 
 
 def checkpoint(*arguments: Any, **more: Any) -> Any:

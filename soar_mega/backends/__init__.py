@@ -93,6 +93,9 @@ class Backend(Protocol):
             watch: Whether to gather ``statistics``.
         """
 
+    def forget_step(self) -> None:
+        """Put back what the last training step changed besides gradients."""
+
     def statistics(self) -> dict[str, Tensor]:
         """Metric -> 0-d of the last watched step; the largest over ranks is the run's."""
 

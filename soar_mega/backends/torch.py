@@ -137,6 +137,9 @@ class TorchBackend:
     def training_step(self, watch: bool) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def forget_step(self) -> None:
+        pass
+
     def statistics(self) -> dict[str, Tensor]:
         return {}
 

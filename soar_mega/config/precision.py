@@ -111,8 +111,8 @@ def check_overlap(config: Config) -> None:
         (
             "precision.fp8_recipe",
             config.precision.recipe,
-            config.precision.recipe != "block",
-            "current, delayed, mxfp8 or none",
+            config.precision.recipe not in ("block", "mxfp8"),
+            "current, delayed or none",
         ),
         ("parallel.tensor_model_parallel_size", tensor, tensor > 1, "2 or more"),
         (

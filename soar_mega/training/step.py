@@ -100,6 +100,7 @@ class Stepper:
         metrics |= largest_over_ranks(backend.statistics(), self.mesh)
         # Before clipping, which would make NaN of all weights, and hide a spike.
         if not self.health.judge(metrics["train/loss"], metrics["optim/grad_norm"]):
+            backend.forget_step()
             return metrics
         limit = self.config.train.max_grad_norm
         gradient.mul_(torch.clamp(limit / (norm + 1e-6), max=1.0).to(gradient.dtype))

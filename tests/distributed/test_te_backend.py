@@ -147,9 +147,16 @@ def compare(case: Case) -> None:
     assert len(firsts) == 2 * len(world.linears)
     assert len(backend.statistics()) == (6 if case.recipe else 0)
     if case.recipe == "delayed" and mesh.world_size > 1:
-        assert set(world.reduced) == {backend.amax_group}
-        states = [linear.fp8_meta["scaling_fwd"] for linear in world.linears]
-        for state in states:
+        assert {group for _, group in world.reduced} == {backend.amax_group}
+        passes = 2 * case.microbatches * sum(p.grad for p in objective().passes())
+        for direction in ("scaling_fwd", "scaling_bwd"):
+            chunks = 2 if case.schedule == "interleaved_1f1b" else 1
+            assert world.reduced.count((direction, backend.amax_group)) == passes * chunks
+        for state in (
+            linear.fp8_meta[direction]
+            for linear in world.linears
+            for direction in ("scaling_fwd", "scaling_bwd")
+        ):
             assert state.amax_history.any()
             largest = state.amax_history.clone()
             torch.distributed.all_reduce(

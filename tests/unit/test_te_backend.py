@@ -81,6 +81,31 @@ def test_a_pass_without_gradient_leaves_no_trace_in_delayed_scaling() -> None:
     assert linear.inner.fp8_meta["scaling_fwd"].amax_history[0, 0] > 1000
 
 
+@pytest.mark.usefixtures("world")
+def test_the_very_first_pass_may_be_without_gradient() -> None:
+    backend = TEBackend("delayed")
+    linear = make_linear(backend)
+    with torch.no_grad():
+        run(backend, linear, some(1000.0))
+    run(backend, linear, some())
+    assert linear.inner.fp8_meta["scaling_fwd"].amax_history.max() < 10
+
+
+@pytest.mark.usefixtures("world")
+def test_a_refused_step_leaves_delayed_scaling_as_it_was() -> None:
+    backend = TEBackend("delayed")
+    linear = make_linear(backend)
+    with backend.training_step(watch=False):
+        run(backend, linear, some())
+    before = scales(linear)
+    with backend.training_step(watch=False):
+        run(backend, linear, some(1e6))
+    assert any(not torch.equal(a, b) for a, b in zip(scales(linear), before, strict=True))
+    backend.forget_step()
+    assert all(torch.equal(a, b) for a, b in zip(scales(linear), before, strict=True))
+    TEBackend("current").forget_step()
+
+
 def test_weights_are_cached_within_a_step_only(world: te_stand_in.World) -> None:
     backend = TEBackend("current")
     linear = make_linear(backend)
@@ -165,7 +190,7 @@ def test_statistics_see_what_vanishes_and_what_overflows() -> None:
     assert fit(torch.tensor([57344.0, 2.0**-18]), *E5M2)[1] == pytest.approx(1 / 2)
     assert fit(torch.zeros(3), *E4M3).tolist() == [0.0, 0.0, 0.0]
     assert not math.isfinite(fit(torch.tensor([math.inf, 1.0]), *E4M3)[0])
-    assert set(Statistics().largest()) == {
+    assert set(Statistics(E5M2).largest()) == {
         f"fp8/{kind}_{name}"
         for kind in ("input", "gradient")
         for name in ("amax", "underflow", "fill")
@@ -313,6 +338,7 @@ OVERLAP = (
     [
         ("precision.backend=torch", "precision.backend = torch"),
         ("precision.fp8_recipe=block", "precision.fp8_recipe = block"),
+        ("precision.fp8_recipe=mxfp8", "precision.fp8_recipe = mxfp8"),
         ("parallel.tensor_model_parallel_size=1", "tensor_model_parallel_size = 1"),
         ("parallel.sequence_parallel=false", "sequence_parallel = false"),
         ("parallel.pipeline_schedule=zero_bubble", "pipeline_schedule = zero_bubble"),
@@ -326,7 +352,9 @@ def test_what_overlapping_buffers_cannot_serve(override: str, message: str) -> N
         config_of(*OVERLAP, override, "validation.shards=x.tar")
 
 
-def test_only_image_linears_overlap(world: te_stand_in.World) -> None:
+def test_only_image_linears_overlap(
+    world: te_stand_in.World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mesh = replace(Mesh.single(), tensor_size=2, tensor_group="a group")  # type: ignore[arg-type]
     overlap.start(mesh, 2048, 1536, fp8=True)
     (buffers,) = [facts for kind, facts in world.calls if kind == "buffers"]
@@ -344,6 +372,13 @@ def test_only_image_linears_overlap(world: te_stand_in.World) -> None:
         assert facts == {**wanted, "ub_name": facts["ub_name"]}
     assert sum(not facts for facts in told) == 2 * 4 - 3  # the last block has no text output
     world.calls.clear()
+
+    def refuse(**_: object) -> None:
+        raise RuntimeError("no multicast.")
+
+    monkeypatch.setattr("transformer_engine.pytorch.module.base.initialize_ub", refuse)
+    with pytest.raises(ValueError, match=r"cannot make its buffers here: no multicast\. Tensor"):
+        overlap.start(mesh, 2048, 1536, fp8=True)
     MMDiTStage(small, mesh, TEBackend("current"), sequence_parallel=True)
     assert not any(facts for kind, facts in world.calls if kind == "new linear")
 

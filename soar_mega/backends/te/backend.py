@@ -23,8 +23,8 @@ from soar_mega.backends.elementwise import Elementwise
 from soar_mega.backends.te.linear import StepState, TELinear
 from soar_mega.backends.te.overlap import Mode
 from soar_mega.backends.te.recipes import RecipeName, make_recipe, multiple_of
-from soar_mega.backends.te.scaling import untouched
-from soar_mega.backends.te.statistics import Statistics
+from soar_mega.backends.te.scaling import Scaling, untouched
+from soar_mega.backends.te.statistics import E4M3, E5M2, Statistics
 from soar_mega.backends.torch import TorchBackend
 from soar_mega.parallel.layout import ParameterLayout
 from soar_mega.parallel.mesh import Mesh, ProcessGroup
@@ -67,12 +67,14 @@ class TEBackend:
         self.elementwise, self._overlaps = elementwise, overlaps
         self._bf16_layers, self._split_backwards = frozenset(bf16_layers), split_backwards
         self._keeps_history, self.amax_group = recipe == "delayed", amax_group
+        self._gradient_format = E5M2 if recipe in ("current", "delayed") else E4M3
         self.recipe: Any = None
         if recipe is not None:
             self.recipe = make_recipe(recipe, reduce_amax=amax_group is not None)
         self.token_multiple = multiple_of(recipe)
         self._step, self._linears = StepState(), list[TELinear]()
         self._statistics: Statistics | None = None
+        self._before: Scaling | None = None  # the last step, of delayed scaling
         self._attentions: dict[tuple[int, int], Any] = {}
 
     def for_layer(self, layer: int) -> Backend:
@@ -186,12 +188,20 @@ class TEBackend:
     def _training_step(self, watch: bool) -> Iterator[None]:
         step = self._step
         step.number += 1
-        self._statistics = step.statistics = Statistics() if watch and self.recipe else None
+        self._statistics = step.statistics = (
+            Statistics(self._gradient_format) if watch and self.recipe else None
+        )
+        if self._keeps_history:
+            self._before = Scaling(self._linears)
         step.training = True
         try:
             yield
         finally:
             step.training, step.statistics = False, None
+
+    def forget_step(self) -> None:
+        if self._before is not None:
+            self._before.put_back()
 
     def statistics(self) -> dict[str, Tensor]:
         return {} if self._statistics is None else self._statistics.largest()

@@ -43,13 +43,23 @@ def start(mesh: Mesh, tokens: int, width: int, *, fp8: bool) -> None:
         tokens: Image tokens of a pass, padding included, over all its samples and tensor ranks.
         width: Of the image stream.
         fp8: Whether the layers run in FP8.
+
+    Raises:
+        ValueError: Transformer Engine cannot make them; in its words.
     """
     base = importlib.import_module("transformer_engine.pytorch.module.base")
     modes = base.UserBufferQuantizationMode
-    base.initialize_ub(
-        shape=[tokens, width],
-        tp_size=mesh.tensor_size,
-        quantization_modes=[modes.FP8 if fp8 else modes.NONE],
-        dtype=torch.bfloat16,
-        bootstrap_backend="nccl",
-    )
+    try:
+        base.initialize_ub(
+            shape=[tokens, width],
+            tp_size=mesh.tensor_size,
+            quantization_modes=[modes.FP8 if fp8 else modes.NONE],
+            dtype=torch.bfloat16,
+            bootstrap_backend="nccl",
+        )
+    except RuntimeError as error:
+        raise ValueError(
+            "parallel.tensor_parallel_overlap = true, but Transformer Engine cannot make its "
+            f"buffers here: {error} Tensor-parallel processes must share a node with NVLink; else "
+            "set it to false"
+        ) from error

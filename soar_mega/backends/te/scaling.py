@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,23 +26,39 @@ def scaling_state(modules: Mapping[str, nn.Module]) -> dict[str, list[Tensor]]:
     Args:
         modules: Name -> module, all of a stage's; linears that have not run are set up.
     """
-    found = {}
-    for name, module in modules.items():
-        if isinstance(module, TELinear):
-            _set_up(module)
-            meta = module.inner.fp8_meta
-            found[name] = [
-                x.view(-1) for d in _DIRECTIONS for x in (meta[d].scale, meta[d].amax_history)
-            ]
-    return found
+    return {name: _parts(one) for name, one in modules.items() if isinstance(one, TELinear)}
 
 
-def _set_up(linear: TELinear) -> None:
+def _parts(linear: TELinear) -> list[Tensor]:
+    meta = _meta(linear)
+    return [x.view(-1) for d in _DIRECTIONS for x in (meta[d].scale, meta[d].amax_history)]
+
+
+def _meta(linear: TELinear) -> Any:
+    """``fp8_meta`` of a linear that is set up, as ``te.Linear`` is before it takes extra state."""
     meta = linear.inner.fp8_meta
     if "scaling_fwd" not in meta:
-        # As te.Linear does before it takes its extra state.
         meta.update(num_gemms=1, recipe=linear.recipe)
         linear.inner.init_fp8_meta_tensors(linear.recipe)
+    return meta
+
+
+class Scaling:
+    """A copy of the whole state of some linears.
+
+    A step that is refused must not leave its magnitudes behind: one infinity would keep a scale
+    as it is, and one spike keep it too small, for as long as the history is (1024 passes).
+    """
+
+    def __init__(self, linears: Iterable[TELinear]) -> None:
+        self._live = [part for linear in linears for part in _parts(linear)]
+        self._copy = torch.cat(self._live) if self._live else None
+
+    def put_back(self) -> None:
+        """Make the linears' state what it was."""
+        if self._copy is not None:
+            sizes = [part.numel() for part in self._live]
+            torch._foreach_copy_(self._live, list(self._copy.split(sizes)))
 
 
 @contextmanager
@@ -51,11 +68,7 @@ def untouched(linears: Iterable[TELinear]) -> Iterator[None]:
     A pass without gradient notes its magnitudes all the same, and the next one with gradient would
     take them into the history.
     """
-    rows = [
-        linear.inner.fp8_meta["scaling_fwd"].amax_history[0]
-        for linear in linears
-        if "scaling_fwd" in linear.inner.fp8_meta
-    ]
+    rows = [_meta(linear)["scaling_fwd"].amax_history[0] for linear in linears]
     kept = torch.cat(rows) if rows else None
     try:
         yield

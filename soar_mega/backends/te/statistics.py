@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Largest number, and half the smallest above zero: E4M3 of inputs, E5M2 of gradients.
+# Largest number, and half the smallest above zero.
 E4M3 = (448.0, 2.0**-10)
 E5M2 = (57344.0, 2.0**-17)
 _NAMES = ("amax", "underflow", "fill")
@@ -39,9 +39,14 @@ def fit(x: Tensor, largest: float, vanishing: float, scale: Tensor | None = None
 
 
 class Statistics:
-    """Of one step."""
+    """Of one step.
 
-    def __init__(self) -> None:
+    Args:
+        gradient_format: Of output gradients; inputs are E4M3 in every recipe.
+    """
+
+    def __init__(self, gradient_format: tuple[float, float]) -> None:
+        self._gradient_format = gradient_format
         self._inputs: list[Tensor] = []
         self._gradients: list[Tensor] = []
 
@@ -51,7 +56,7 @@ class Statistics:
 
     def note_gradient(self, gradient: Tensor, scale: Tensor | None) -> None:
         """The gradient of what leaves it."""
-        self._gradients.append(fit(gradient, *E5M2, scale))
+        self._gradients.append(fit(gradient, *self._gradient_format, scale))
 
     def largest(self) -> dict[str, Tensor]:
         """Metric -> 0-d, the largest over the linears; over ranks it is the largest again."""
