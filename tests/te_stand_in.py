@@ -396,12 +396,9 @@ def modules() -> dict[str, ModuleType]:
     return found
 
 
-def install(monkeypatch: pytest.MonkeyPatch | None = None) -> World:
-    """In this process, for good or for a test; returns a fresh world."""
+def install(monkeypatch: pytest.MonkeyPatch) -> World:
+    """Until ``monkeypatch`` is undone; returns a fresh world."""
     for name, module in modules().items():
-        if monkeypatch is None:
-            sys.modules[name] = module
-        else:
-            monkeypatch.setitem(sys.modules, name, module)
+        monkeypatch.setitem(sys.modules, name, module)
     WORLD.__init__()  # type: ignore[misc]
     return WORLD

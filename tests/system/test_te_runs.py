@@ -36,11 +36,13 @@ def run(tiny: Tiny, folder: Path, steps: int, *precision: str, resume: str = "la
     )
 
 
-def test_delayed_scaling_goes_on_where_it_was(tiny: Tiny, tmp_path: Path) -> None:
+def test_delayed_scaling_goes_on_where_it_was(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run(tiny, whole, 4, *FP8)
     run(tiny, broken, 2, *FP8)
-    te_stand_in.install()
+    te_stand_in.install(monkeypatch)
     run(tiny, broken, 4, *FP8)
     assert_same_state(checkpoint(whole, 4), checkpoint(broken, 4))
     stored = StateReader(checkpoint(whole, 4))
@@ -91,10 +93,11 @@ def test_number_formats_may_change_with_a_notice(
     tiny: Tiny,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run(tiny, tmp_path, 2, *before)
     assert "is now" not in capsys.readouterr().out
-    te_stand_in.install()
+    te_stand_in.install(monkeypatch)
     run(tiny, tmp_path, 4, *after)
     said = capsys.readouterr().out
     for note in notes:
