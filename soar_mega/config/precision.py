@@ -69,13 +69,16 @@ class PrecisionConfig(Section):
         return self
 
 
-def check_recomputation(config: Config) -> None:
+def check_recomputation(precision: PrecisionConfig, mode: str) -> None:
     """Refuse activation checkpointing that Transformer Engine cannot do.
+
+    Args:
+        precision: The section.
+        mode: ``train.activation_checkpointing``.
 
     Raises:
         ValueError: Names the settings and what works.
     """
-    mode, precision = config.train.activation_checkpointing, config.precision
     if precision.backend == "te" and mode == "selective":
         raise broken_rule(
             "train.activation_checkpointing = selective picks among torch's operations and sees "

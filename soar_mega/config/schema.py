@@ -329,7 +329,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _transformer_engine_can(self) -> Self:
-        check_recomputation(self)
+        check_recomputation(self.precision, self.train.activation_checkpointing)
         check_overlap(self)
         return self
 

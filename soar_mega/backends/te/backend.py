@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -181,11 +181,8 @@ class TEBackend:
             finally:
                 self._step.held = None
 
-    def training_step(self, watch: bool) -> AbstractContextManager[None]:
-        return self._training_step(watch)
-
     @contextmanager
-    def _training_step(self, watch: bool) -> Iterator[None]:
+    def training_step(self, watch: bool) -> Iterator[None]:
         step = self._step
         step.number += 1
         self._statistics = step.statistics = (

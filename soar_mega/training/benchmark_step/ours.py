@@ -17,8 +17,7 @@ from soar_mega.backends import Backend
 from soar_mega.backends.elementwise import Elementwise
 from soar_mega.backends.te.backend import TEBackend
 from soar_mega.backends.torch import TorchBackend
-from soar_mega.config import ConfigError
-from soar_mega.config.precision import PrecisionConfig
+from soar_mega.config.precision import PrecisionConfig, check_recomputation
 from soar_mega.config.schema import OptimizerConfig
 from soar_mega.model.config import MMDiTConfig
 from soar_mega.model.recompute import compiled_run_block
@@ -39,7 +38,8 @@ def make_stages(variant: Variant, architecture: MMDiTConfig, mesh: Mesh) -> list
     """The stages of a variant, without weights: one, the whole model.
 
     Raises:
-        ConfigError: Its backend or recipe does not run here, or does not go with its recomputation.
+        ConfigError, ValueError: Its backend or recipe does not run here, or does not go with its
+            recomputation.
     """
     precision = PrecisionConfig(
         backend=variant.backend,
@@ -48,13 +48,7 @@ def make_stages(variant: Variant, architecture: MMDiTConfig, mesh: Mesh) -> list
     )
     check_backend(precision, mesh.device)
     recompute = variant.activation_checkpointing
-    if variant.backend == "te" and (
-        recompute == "selective" or (recompute == "full" and variant.fp8_recipe == "delayed")
-    ):
-        raise ConfigError(
-            f"activation_checkpointing={recompute} does not go with backend=te"
-            f"{',fp8_recipe=delayed' if recompute == 'full' else ''}: use none"
-        )
+    check_recomputation(precision, recompute)
     options: dict[str, Any] = {}
     if variant.backend == "te":
         elementwise = Elementwise.compiled() if variant.compile else Elementwise()
