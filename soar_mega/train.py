@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 
 from soar_mega.config import ConfigError, describe_keys, dump_yaml, load_config
 from soar_mega.launch.environment import is_first_process
@@ -17,6 +18,8 @@ from soar_mega.launch.exit_codes import (
     write_exit_code,
 )
 from soar_mega.launch.signals import Signals
+
+_RANK_0_SECONDS = 20.0  # an interpreter's start on a slow shared disk; rank 0's end cuts it short
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,6 +69,7 @@ def _run(argv: list[str] | None, signals: Signals) -> int:
             print(dump_yaml(config), end="")
             return DONE
     except ConfigError as error:
+        _let_rank_0_speak(signals)
         return _fail(error, CONFIG_ERROR)
     # torch and the model libraries take seconds to import; a typo is told before.
     from soar_mega.checkpoint.errors import CheckpointError
@@ -91,6 +95,16 @@ def _run(argv: list[str] | None, signals: Signals) -> int:
     except DataError as error:  # one rank's sample: the others have not heard of it
         return _fail(error, FAILED, everywhere=True)
     return {"finished": DONE, "stopped": DO_NOT_RESTART, "interrupted": REQUEUE}[outcome]
+
+
+def _let_rank_0_speak(signals: Signals) -> None:
+    """Wait before ending where rank 0 may not have come as far; until the launcher ends this rank.
+
+    Launchers end all ranks when one fails, and before the rendezvous rank 0 may still be importing.
+    """
+    last = time.monotonic() + _RANK_0_SECONDS
+    while not is_first_process(os.environ) and not signals.received and time.monotonic() < last:
+        time.sleep(0.1)
 
 
 def _fail(error: Exception, code: int, *, everywhere: bool = False) -> int:

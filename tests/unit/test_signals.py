@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
+from pathlib import Path
 
 import pytest
 
@@ -62,3 +64,25 @@ def test_another_thread_has_no_signals() -> None:
 def test_lead(value: str, lead: float | None) -> None:
     assert signal_lead({LEAD_VARIABLE: value}) == lead
     assert signal_lead({}) is None
+
+
+def test_a_rank_with_a_bad_configuration_lets_rank_0_print_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Launchers end rank 0 as soon as another rank fails, be it in the middle of its imports.
+    config = tmp_path / "x.yaml"
+    config.write_text("nonsense: 1\n")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(train, "_RANK_0_SECONDS", 60.0)
+    ending = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
+    ending.start()
+    began = time.monotonic()
+    assert train.main([str(config)]) == 78
+    assert 0.4 < time.monotonic() - began < 30
+    ending.join()
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("RANK", "0")
+    began = time.monotonic()
+    assert train.main([str(config)]) == 78
+    assert time.monotonic() - began < 30
+    assert "nonsense" in capsys.readouterr().err
