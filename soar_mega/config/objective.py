@@ -49,6 +49,10 @@ class SoarConfig(FlowMatchingConfig):
         description="Flow matching plus SOAR's auxiliary states."
     )
     lambda_aux: float = Field(1.0, ge=0, description="Weight of auxiliary terms; 0 is plain SFT.")
+    aux_states: Literal["rollout", "ideal", "independent"] = Field(
+        "rollout",
+        description="Rolled out (SOAR), or as a control on the ideal path, or drawn independently.",
+    )
     num_rollout_paths: int = Field(1, ge=1, description="Rollout paths M; the first is the ODE's.")
     trajectory_length: int = Field(6, ge=0, description="Auxiliary states N per path.")
     num_sampling_steps: int = Field(

@@ -24,9 +24,9 @@ from soar_mega.data.tiny import digits
 Picture = Image.Image | np.ndarray
 
 _MAX_PAPER_DISTANCE = 60.0  # RGB distance from a palette paper beyond which it is none of them.
-_MIN_CONTRAST = 60.0  # RGB distance from the paper below which nothing is ink.
-_MIN_CELL_INK = 20.0  # Pixels of ink that make a digit; the thinnest scan has 49.
-_MAX_SHIFT = 2  # How far a digit may sit off its cell, in px.
+MIN_CONTRAST = 60.0  # RGB distance from the paper below which nothing is ink.
+MIN_CELL_INK = 20.0  # Pixels of ink that make a digit; the thinnest scan has 49.
+MAX_SHIFT = 2  # How far a digit may sit off its cell, in px.
 _DRAWINGS = 5  # Drawings of each reader scan that the classifier is trained on.
 _TELLING_PIXELS = 512  # The most inked pixels, by which the ink's colour is judged.
 _SEED = 0
@@ -73,7 +73,8 @@ def _pixels(picture: Picture) -> np.ndarray:
     return array
 
 
-def _nearest_paper(colour: np.ndarray) -> str:
+def nearest_paper(colour: np.ndarray) -> str:
+    """The key of ``digits.PAPERS`` whose colour is nearest, or empty where none is near."""
     distances = {
         name: float(np.linalg.norm(colour - np.array(paper, np.float32)))
         for name, paper in digits.PAPERS.items()
@@ -85,7 +86,7 @@ def _nearest_paper(colour: np.ndarray) -> str:
 def _explain_ink(pixels_HWC: np.ndarray, paper: np.ndarray) -> tuple[str, np.ndarray]:
     """The ink whose blends with the paper come closest, and its coverage (H, W) in [0, 1]."""
     change_HWC = pixels_HWC - paper
-    if float(np.linalg.norm(change_HWC, axis=-1).max()) < _MIN_CONTRAST:
+    if float(np.linalg.norm(change_HWC, axis=-1).max()) < MIN_CONTRAST:
         return "", np.zeros(pixels_HWC.shape[:2], np.float32)
     inks_KC = np.array(list(digits.INKS.values()), np.float32) - paper
     lengths_K = np.maximum((inks_KC**2).sum(-1), 1.0)
@@ -113,14 +114,14 @@ def _nearest_position(coverage_HW: np.ndarray, count: int) -> str:
     return min(distances, key=lambda name: distances[name])
 
 
-def _recentre(padded_YX: np.ndarray) -> np.ndarray:
-    """The cell-sized window, at most ``_MAX_SHIFT`` off the middle, with its ink centred best."""
+def recentre(padded_YX: np.ndarray) -> np.ndarray:
+    """The cell-sized window, at most ``MAX_SHIFT`` off the middle, with its ink centred best."""
     size = digits.CELL_SIZE
-    inner = padded_YX[_MAX_SHIFT : _MAX_SHIFT + size, _MAX_SHIFT : _MAX_SHIFT + size]
+    inner = padded_YX[MAX_SHIFT : MAX_SHIFT + size, MAX_SHIFT : MAX_SHIFT + size]
     y, x = np.indices(inner.shape)
     total = max(float(inner.sum()), 1e-6)
     shifts = [float((inner * axis).sum()) / total - (size - 1) / 2 for axis in (y, x)]
-    top, left = (_MAX_SHIFT + int(np.clip(round(s), -_MAX_SHIFT, _MAX_SHIFT)) for s in shifts)
+    top, left = (MAX_SHIFT + int(np.clip(round(s), -MAX_SHIFT, MAX_SHIFT)) for s in shifts)
     return padded_YX[top : top + size, left : left + size]
 
 
@@ -130,33 +131,37 @@ def _take_apart(picture: Picture) -> _Page:
     ink, coverage_HW = _explain_ink(pixels_HWC, paper)
     grid, size = digits.GRID, digits.CELL_SIZE
     ink_RL = coverage_HW.reshape(grid, size, grid, size).sum((1, 3))
-    cells = np.argwhere(ink_RL >= _MIN_CELL_INK)
-    padded = np.pad(coverage_HW, _MAX_SHIFT)
-    reach = size + 2 * _MAX_SHIFT
+    cells = np.argwhere(ink_RL >= MIN_CELL_INK)
+    padded = np.pad(coverage_HW, MAX_SHIFT)
+    reach = size + 2 * MAX_SHIFT
     crops = [
-        _recentre(padded[row * size : row * size + reach, column * size : column * size + reach])
+        recentre(padded[row * size : row * size + reach, column * size : column * size + reach])
         for row, column in cells
     ]
     return _Page(
         ink=ink if crops else "",
-        paper=_nearest_paper(paper),
+        paper=nearest_paper(paper),
         position=_nearest_position(coverage_HW, len(crops)),
         crops_NYX=np.stack(crops) if crops else np.zeros((0, size, size), np.float32),
     )
 
 
-def _features(crops_NYX: np.ndarray) -> np.ndarray:
-    """Crops reduced to the scans' own 8x8 points, flat; brightness-normalised per crop."""
+def crop_features(crops_NYX: np.ndarray) -> np.ndarray:
+    """(N, 64): crops reduced to the scans' own 8x8 points, flat; brightness-normalised per crop."""
     half = digits.CELL_SIZE // 8
     points = crops_NYX.reshape(-1, 8, half, 8, half).mean((2, 4)).reshape(-1, 64)
     return points / np.maximum(points.max(1, keepdims=True), 0.1)
 
 
 class DigitReader:
-    """Reads pictures; made by ``load_reader``, which trains the classifier."""
+    """Reads pictures; made by ``load_reader``, which trains the classifier.
+
+    Attributes:
+        classifier: scikit-learn's; reads rows of ``crop_features``.
+    """
 
     def __init__(self, classifier: Any) -> None:
-        self._classifier = classifier
+        self.classifier = classifier
 
     def read(self, pictures: Sequence[Picture]) -> list[Reading]:
         """What each picture shows.
@@ -169,7 +174,7 @@ class DigitReader:
         """
         pages = [_take_apart(picture) for picture in pictures]
         crops = np.concatenate([page.crops_NYX for page in pages]) if pages else np.zeros(0)
-        numerals = self._classifier.predict(_features(crops)) if len(crops) else []
+        numerals = self.classifier.predict(crop_features(crops)) if len(crops) else []
         remaining = iter(numerals)
         readings = []
         for page in pages:
@@ -249,7 +254,7 @@ def load_reader() -> DigitReader:
             picture = digits.draw_array(scene, few, rng).astype(np.float32)
             page = _take_apart(_worn(picture, rng) if drawing else picture)
             if len(page.crops_NYX) == len(number):
-                features.append(_features(page.crops_NYX))
+                features.append(crop_features(page.crops_NYX))
                 labels.append(few.labels_N)
     classifier = SVC(C=10.0, gamma="scale", random_state=_SEED)
     return DigitReader(classifier.fit(np.concatenate(features), np.concatenate(labels)))

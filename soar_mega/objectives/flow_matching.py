@@ -91,8 +91,8 @@ class FlowMatching:
         """``base`` alone."""
         return (self.base,)
 
-    def draw_t0(self, step: int, slots_B: Tensor) -> Tensor:
-        """t of the base state, (B,) fp64 in [0, 1], 1 being noise."""
+    def draw_t0(self, step: int, slots_B: Tensor, draw: int = 0) -> Tensor:
+        """t of the base state (or of a further ``draw``), (B,) fp64 in [0, 1], 1 being noise."""
         config = self.config
         return draw_t(
             config.weighting_scheme,
@@ -102,7 +102,22 @@ class FlowMatching:
             logit_mean=config.logit_mean,
             logit_std=config.logit_std,
             mode_scale=config.mode_scale,
+            draw=draw,
         )
+
+    def draw_noise(self, micro: MicroBatch, draw: int = 0) -> Tensor:
+        """z1 of the base state (or of a further ``draw``), (B, C, H, W) in working precision."""
+        clean_BCHW = micro.clean_BCHW
+        noise = rng.normal(
+            self.seed,
+            Purpose.NOISE,
+            micro.step,
+            micro.slots_B,
+            math.prod(clean_BCHW.shape[1:]),
+            index=draw,
+            device=clean_BCHW.device,
+        )
+        return noise.view_as(clean_BCHW).to(self.dtype)
 
     def begin(self, micro: MicroBatch) -> FlowState:
         """Draw what the microbatch needs; no text is touched."""
@@ -159,14 +174,10 @@ class FlowMatching:
         counted_B = micro.weight_B > 0
         # A placeholder may hold anything: masking its loss alone would let NaN * 0 into gradients.
         clean_BCHW = micro.clean_BCHW.to(self.dtype).where(counted_B.view(-1, 1, 1, 1), 0.0)
-        numel = math.prod(clean_BCHW.shape[1:])
-        noise = rng.normal(
-            self.seed, Purpose.NOISE, micro.step, micro.slots_B, numel, device=device
-        )
         return {
             "micro": micro,
             "clean_BCHW": clean_BCHW,
-            "noise_BCHW": noise.view_as(clean_BCHW).to(self.dtype),
+            "noise_BCHW": self.draw_noise(micro),
             "sigma_B": sigma_B,
             "weight_B": weight_B,
             "counted_B": counted_B,

@@ -11,6 +11,7 @@ TRAIN_TIMESTEPS = 1000  # entries of the scheduler's table; timestep = 1000 sigm
 WEIGHTING_SCHEMES = ("logit_normal", "mode", "cosmap", "sigma_sqrt", "none")
 SIGMA_GRIDS = ("scheduler", "continuous")
 ROLLOUT_TYPES = ("sde", "simple", "cps", "flow_sde")
+AUX_STATES = ("rollout", "ideal", "independent")
 
 
 class FlowMatchingSettings(Protocol):
@@ -29,6 +30,7 @@ class SoarSettings(FlowMatchingSettings, Protocol):
     """What SOAR reads beyond that."""
 
     lambda_aux: float
+    aux_states: str
     num_rollout_paths: int
     trajectory_length: int
     num_sampling_steps: int
@@ -75,6 +77,7 @@ def check_soar(config: SoarSettings) -> None:
     ratio = config.sigma_upper_ratio
     _check(
         config,
+        aux_states=(config.aux_states in AUX_STATES, _any(AUX_STATES)),
         lambda_aux=(0 <= config.lambda_aux < math.inf, "finite and at least 0"),
         num_rollout_paths=(1 <= config.num_rollout_paths <= rng.MAX_PATHS, "1 to 4096"),
         trajectory_length=(0 <= config.trajectory_length <= rng.MAX_INDICES, "0 to 4096"),

@@ -66,16 +66,17 @@ def draw_t(
     logit_mean: float,
     logit_std: float,
     mode_scale: float,
+    draw: int = 0,
 ) -> Tensor:
     """t of each slot from the scheme's density, (B,) fp64 in [0, 1].
 
     ``logit_normal`` is sigmoid(mean + std n), ``mode`` the SD3 paper's heavy-tailed density; the
-    other schemes change the weight only and leave t uniform.
+    other schemes change the weight only and leave t uniform. ``draw`` numbers independent draws.
     """
     if scheme == "logit_normal":
-        n = rng.normal(seed, Purpose.TIMESTEP, step, slots_B, 1)[:, 0].double()
+        n = rng.normal(seed, Purpose.TIMESTEP, step, slots_B, 1, index=draw)[:, 0].double()
         return _whole_vectors(torch.sigmoid, logit_mean + logit_std * n)
-    u = rng.uniform(seed, Purpose.TIMESTEP, step, slots_B, 1)[:, 0].double()
+    u = rng.uniform(seed, Purpose.TIMESTEP, step, slots_B, 1, index=draw)[:, 0].double()
     if scheme == "mode":
         bend = _whole_vectors(torch.cos, math.pi / 2 * u).square() - 1 + u
         return (1 - u - mode_scale * bend).clamp(0, 1)

@@ -7,6 +7,10 @@ Passes of a microbatch, in an order one process can run:
     rollout         without: the empty prompt; only if the guidance scale is not 1
     aux0, aux1 ...  with gradient: ``aux_group_size`` auxiliary states each, path by path
 
+``aux_states`` other than ``rollout`` are the controls of an experiment: as many states and losses,
+but no rollout, and aux passes that wait for nothing. ``ideal`` puts z_sigma1 in the place of the
+rolled-out state; ``independent`` draws timestep and noise of every state (SFT with 1 + K draws).
+
 Both ends of a pipeline begin from the same microbatch: they hold the same z0, z1 and coefficients.
 The last stage combines the guided velocity in the working precision, rounds it to the dtype of the
 model output and hands it over; both ends go on from those bits, so no state or noise is ever sent.
@@ -116,12 +120,14 @@ class Soar(FlowMatching):
 
     def _build_passes(self) -> tuple[Pass, ...]:
         config = self.config
-        before = [self.base]
-        if not config.reuse_base_forward:
-            before.append(Pass("rollout_cond", "rollout", grad=False))
-        if config.cfg_scale_sampling != 1:
-            before.append(Pass("rollout", "rollout", grad=False))
-        after = tuple(p.name for p in before)
+        before: list[Pass] = [self.base]
+        after: tuple[str, ...] = ()
+        if config.aux_states == "rollout":
+            if not config.reuse_base_forward:
+                before.append(Pass("rollout_cond", "rollout", grad=False))
+            if config.cfg_scale_sampling != 1:
+                before.append(Pass("rollout", "rollout", grad=False))
+            after = tuple(p.name for p in before)
         groups = range(0, self.num_states, config.aux_group_size)
         return (
             *before,
@@ -214,7 +220,7 @@ class Soar(FlowMatching):
             self._combine(p.name, state, velocity_BCHW)
             return None
         if p.kind == "base":
-            if self.config.reuse_base_forward:
+            if self.config.aux_states == "rollout" and self.config.reuse_base_forward:
                 self._combine("base", state, velocity_BCHW)
             return super().take_output(p, state, velocity_BCHW, normaliser)
         states = slice(p.first, p.first + p.states)
@@ -251,6 +257,8 @@ class Soar(FlowMatching):
 
     def _live_paths(self, t1_B: Tensor) -> Tensor:
         """(K, B) fp64: 1, but 0 for the noisy paths of a sample with t1 = 0."""
+        if self.config.aux_states != "rollout":
+            return torch.ones(self.num_states, len(t1_B), dtype=torch.float64, device=t1_B.device)
         live_MB = (t1_B > 0).double().repeat(self.config.num_rollout_paths, 1)
         live_MB[0] = 1
         return live_MB.repeat_interleave(self.config.trajectory_length, 0)
@@ -258,6 +266,10 @@ class Soar(FlowMatching):
     def _aux_sigmas(self, micro: MicroBatch, sigma0_B: Tensor, sigma1_B: Tensor) -> Tensor:
         """(K, B) fp64, all drawn at once."""
         config, slots_B = self.config, micro.slots_B
+        if config.aux_states == "independent":
+            draws = range(1, self.num_states + 1)  # draw 0 is the base state's
+            t_KB = torch.stack([self.draw_t0(micro.step, slots_B, draw) for draw in draws])
+            return self.grid.sigma(t_KB)
         state_K = torch.arange(self.num_states, device=slots_B.device)
         state_KB = state_K.repeat_interleave(len(slots_B))
         draw = rng.uniform(
@@ -293,6 +305,8 @@ class Soar(FlowMatching):
 
     def _away(self, p: Pass, state: SoarState) -> Tensor:
         """z_k - z0 of the states of an auxiliary pass, (S, B, C, H, W)."""
+        if self.config.aux_states != "rollout":
+            return torch.stack([self._ideal(k, state) for k in range(p.first, p.first + p.states)])
         reach_BCHW = state.noise_BCHW - state.clean_BCHW
         away = []
         for k in range(p.first, p.first + p.states):
@@ -300,6 +314,13 @@ class Soar(FlowMatching):
             rolled_BCHW = self._roll(k // self.config.trajectory_length, state)
             away.append((1 - share_B111) * rolled_BCHW + share_B111 * reach_BCHW)
         return torch.stack(away)
+
+    def _ideal(self, k: int, state: SoarState) -> Tensor:
+        """sigma_k (z1 - z0), with the base state's z1 or one of state k's own."""
+        noise_BCHW = state.noise_BCHW
+        if self.config.aux_states == "independent":
+            noise_BCHW = self.draw_noise(state.micro, k + 1)
+        return state.sigma_KB[k].view(-1, 1, 1, 1) * (noise_BCHW - state.clean_BCHW)
 
     def _roll(self, path: int, state: SoarState) -> Tensor:
         """z_r - z0 of a path; the latest one is kept, for the other states of the path."""

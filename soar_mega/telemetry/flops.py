@@ -88,7 +88,8 @@ def training_factor(objective: object) -> int:
     Flow matching is 3. SOAR with M paths of N auxiliary states adds 3 M N, and its rollout 1 for
     each half of the guidance that is not at hand: the conditional one unless
     ``reuse_base_forward``, the unconditional one unless ``cfg_scale_sampling`` is 1. Without
-    auxiliary states (``lambda_aux`` 0 or N = 0) there is no rollout.
+    auxiliary states (``lambda_aux`` 0 or N = 0), or with ``aux_states`` that are not rolled out,
+    there is no rollout.
 
     Args:
         objective: The ``objective`` section of a configuration.
@@ -96,6 +97,8 @@ def training_factor(objective: object) -> int:
     states = getattr(objective, "num_rollout_paths", 0) * getattr(objective, "trajectory_length", 0)
     if not states or getattr(objective, "lambda_aux", 0) == 0:
         return 3
+    if getattr(objective, "aux_states", "rollout") != "rollout":
+        return 3 + 3 * states
     unconditional = getattr(objective, "cfg_scale_sampling", None) != 1
     conditional = not getattr(objective, "reuse_base_forward", False)
     return 3 + unconditional + conditional + 3 * states

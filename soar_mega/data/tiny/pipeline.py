@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -127,10 +127,21 @@ def save_pipeline(pipeline: Any, folder: Path) -> None:
         getattr(pipeline, name).backend_tokenizer.model.save(str(folder / name))
 
 
+class Captioned(Protocol):
+    """What a picture shows, in words and as plain values."""
+
+    @property
+    def caption(self) -> str:
+        """The sentence."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The truth behind it."""
+
+
 def write_shards(
     folder: Path,
     prefix: str,
-    scenes: Sequence[digits.Scene],
+    scenes: Sequence[Captioned],
     pictures_BHWC: np.ndarray,
     pictures_per_shard: int = SHARD_PICTURES,
 ) -> list[Path]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,7 +156,7 @@ def _make_t5(tokenizer: Any, sizes: TextSizes) -> Any:
     )
 
 
-def _start_weights(module: Any) -> None:
+def start_weights(module: Any) -> None:
     """Unit-scale embeddings and weights that keep a signal's scale, so tokens start far apart."""
     for name, parameter in module.named_parameters():
         if "relative_attention_bias" in name:
@@ -217,7 +217,7 @@ def _split_loss(logits: Tensor, labels: Tensor, classes: Sequence[int]) -> Tenso
     return torch.stack(losses).sum()
 
 
-def _unit_scale(states_BTE: Tensor) -> Tensor:
+def unit_scale(states_BTE: Tensor) -> Tensor:
     """How far the components are from mean 0 and variance 1 over captions and tokens."""
     flat = states_BTE.flatten(0, -2)
     return flat.mean(0).square().mean() + (flat.std(0) - 1.0).square().mean()
@@ -254,7 +254,7 @@ class _Questions(nn.Module):
         used = _CELL_CLASSES[:questions]
         loss = loss + _split_loss(at_digits[:, : sum(used)], classes[:, :questions], used)
         loss = loss + _split_loss(self.scene(pooled_BE), scene_labels(scenes), SCENE_CLASSES)
-        return loss + _unit_scale(states_BTE) + (_unit_scale(pooled_BE) if clip else 0.0)
+        return loss + unit_scale(states_BTE) + (unit_scale(pooled_BE) if clip else 0.0)
 
 
 def tokenize(tokenizer: Any, captions: Sequence[str]) -> Tensor:
@@ -314,7 +314,7 @@ def train_text_parts(sizes: TextSizes, seed: int) -> dict[str, Any]:
         torch.manual_seed(seed)
         encoders = make_encoders(tokenizers, sizes)
         for tokenizer, encoder in zip(tokenizers.values(), encoders.values(), strict=True):
-            _start_weights(encoder)
+            start_weights(encoder)
             _teach(encoder, tokenizer, sizes, seed)
     return tokenizers | encoders
 
@@ -335,14 +335,22 @@ def load_text_parts(sizes: TextSizes, path: Path = SHIPPED_WEIGHTS) -> dict[str,
     Raises:
         FileNotFoundError: If the weights are not there.
     """
+    return load_encoders(make_tokenizers(sizes.text_length), sizes, path)
+
+
+def load_encoders(tokenizers: dict[str, Any], sizes: TextSizes, path: Path) -> dict[str, Any]:
+    """Trained fp32 encoders that fit some tokenizers, and those.
+
+    Raises:
+        FileNotFoundError: If the weights are not there.
+    """
     from safetensors.torch import load_model
 
     if not path.is_file():
         raise FileNotFoundError(
-            f"No text encoder weights at {path}. "
-            f"Make them: python tools/train_tiny_parts.py text --out {path}"
+            f"No text encoder weights at {path}. Make them with tools/train_tiny_parts.py "
+            "(its --help says which part)"
         )
-    tokenizers = make_tokenizers(sizes.text_length)
     encoders = make_encoders(tokenizers, sizes)
     load_model(nn.ModuleDict(encoders).half(), str(path))
     for encoder in encoders.values():
@@ -356,14 +364,24 @@ def _teach(encoder: Any, tokenizer: Any, sizes: TextSizes, seed: int) -> None:
     width = sizes.clip_width if clip else sizes.t5_width
     first = CLIP_FIRST_DIGIT if clip else T5_FIRST_DIGIT
     questions = _Questions(encoder.train(), width, len(tokenizer), first)
-    optimizer = torch.optim.AdamW(questions.parameters(), lr=1.0, betas=(0.9, 0.98))
-    for step in range(sizes.training_steps):
+
+    def loss(step: int) -> Tensor:
         scenes = digits.training_scenes(sizes.batch_size, seed=[seed, step])
         token_ids_BT = tokenize(tokenizer, [scene.caption for scene in scenes])
-        falling = 0.5 * (1.0 + math.cos(math.pi * step / sizes.training_steps))
+        answer: Tensor = questions(token_ids_BT, scenes, clip)
+        return answer
+
+    descend(questions, loss, sizes.training_steps)
+    encoder.eval().requires_grad_(False)
+
+
+def descend(questions: nn.Module, loss: Callable[[int], Tensor], steps: int) -> None:
+    """Short training of encoder and heads on ``loss(step)``: warm-up, then a cosine to zero."""
+    optimizer = torch.optim.AdamW(questions.parameters(), lr=1.0, betas=(0.9, 0.98))
+    for step in range(steps):
+        falling = 0.5 * (1.0 + math.cos(math.pi * step / steps))
         optimizer.param_groups[0]["lr"] = 1e-2 * min(1.0, (step + 1) / 30) * falling
         optimizer.zero_grad(set_to_none=True)
-        questions(token_ids_BT, scenes, clip).backward()
+        loss(step).backward()
         nn.utils.clip_grad_norm_(questions.parameters(), 1.0)
         optimizer.step()
-    encoder.eval().requires_grad_(False)

@@ -1,0 +1,83 @@
+"""The folder of the benchmark ``handwriting``: a tiny pipeline, raw and curated pages, prompts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from soar_mega.data.libraries import quiet_libraries
+from soar_mega.data.tiny import digits, page_text, pages
+from soar_mega.data.tiny import vae as tiny_vae
+from soar_mega.data.tiny.pipeline import (
+    TinySizes,
+    make_transformer,
+    save_pipeline,
+    write_shards,
+)
+
+SHIPPED_VAE = Path(__file__).resolve().parents[3] / "assets" / "handwriting_vae.safetensors"
+_CALIBRATION_PICTURES = 256
+SIZES = TinySizes(num_layers=8, dual_attention_layers=(), text=page_text.SIZES)
+
+
+def make_pipeline(seed: int) -> Any:
+    """A ``StableDiffusion3Pipeline`` whose VAE and text encoders are trained, for pages."""
+    quiet_libraries()
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
+    vae = tiny_vae.load_vae(SHIPPED_VAE)
+    some = pages.make_pages(_CALIBRATION_PICTURES, 0, held_out=False)
+    tiny_vae.calibrate(vae, pages.draw_pages(some, digits.load_scans("generator"), 0))
+    return StableDiffusion3Pipeline(
+        transformer=make_transformer(SIZES, seed),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        **page_text.load_text_parts(),
+    )
+
+
+def make_handwriting(
+    out: Path,
+    *,
+    seed: int = 0,
+    raw_pages: int = 32768,
+    curated_pages: int = 4096,
+    held_out_pages: int = 512,
+) -> None:
+    """Writes the pipeline, three sets of shards and the prompts of the benchmark.
+
+    ``out/sd35`` is the pipeline, its transformer untrained; ``out/shards/raw-*.tar`` are for
+    pretraining, ``curated-*.tar`` for SFT and SOAR. ``heldout-*.tar`` hold combinations neither
+    has, in scans that neither the training pages nor the digit reader saw; ``out/prompts.jsonl``
+    are the captions of the latter.
+
+    Args:
+        out: Folder to write into; files of an earlier call are replaced.
+        seed: Of pages, scans and transformer weights; the splits do not depend on it.
+        raw_pages, curated_pages, held_out_pages: Pictures in each set.
+
+    Raises:
+        ValueError: A count is not positive.
+    """
+    counts = {"raw_pages": raw_pages, "curated_pages": curated_pages}
+    for name, count in (counts | {"held_out_pages": held_out_pages}).items():
+        if count < 1:
+            raise ValueError(f"{name}={count}: must be at least 1.")
+    save_pipeline(make_pipeline(seed), out / "sd35")
+    generator, held_out = digits.load_scans("generator"), digits.load_scans("held_out")
+    for place, (name, count, scans) in enumerate(
+        (
+            ("raw", raw_pages, generator),
+            ("curated", curated_pages, generator),
+            ("heldout", held_out_pages, held_out),
+        )
+    ):
+        some = pages.make_pages(count, [seed, place], held_out=name == "heldout")
+        pictures = pages.draw_pages(some, scans, 3 * seed + place, raw=name == "raw")
+        write_shards(out / "shards", name, some, np.asarray(pictures))
+        if name == "heldout":
+            lines = [json.dumps({"prompt": page.caption, "tag": page.kind}) for page in some]
+            (out / "prompts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")

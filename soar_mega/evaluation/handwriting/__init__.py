@@ -1,0 +1,1 @@
+"""The benchmark ``handwriting``: pages of digits with exact truth, read back from their pixels."""

@@ -1,0 +1,41 @@
+"""Frechet distance of generated digits to held-out scans.
+
+Both sides are cut out by the same reader, from pages with the same captions, so that numerals occur
+equally often. Two feature spaces: ``pixels``, the ink on the scans' 8x8 points, and ``reader``, the
+classifier's decision values.
+
+Source: Heusel et al. 2017, arXiv 1706.08500 (there with Inception features).
+
+Legend: N digits, F features.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from soar_mega.evaluation.digits import load_reader
+
+
+def frechet_distance(first_NF: np.ndarray, second_NF: np.ndarray) -> float:
+    """Squared Frechet distance of the Gaussians with the means and covariances of two sets.
+
+    Raises:
+        ValueError: A set has fewer than two rows.
+    """
+    if min(len(first_NF), len(second_NF)) < 2:
+        raise ValueError("a Frechet distance needs at least two digits on each side")
+    mean = ((first_NF.mean(0) - second_NF.mean(0)) ** 2).sum()
+    one_FF, two_FF = (np.cov(side_NF, rowvar=False) for side_NF in (first_NF, second_NF))
+    # trace sqrt(A B) = trace sqrt(A^1/2 B A^1/2), which is symmetric: no complex roots.
+    values, vectors_FF = np.linalg.eigh(one_FF)
+    root_FF = (vectors_FF * np.sqrt(values.clip(0))) @ vectors_FF.T
+    cross = np.sqrt(np.linalg.eigvalsh(root_FF @ two_FF @ root_FF).clip(0)).sum()
+    return float(mean + np.trace(one_FF) + np.trace(two_FF) - 2 * cross)
+
+
+def feature_spaces(features_NF: np.ndarray) -> dict[str, np.ndarray]:
+    """``pixels`` (N, 64) and ``reader`` (N, 10) of digits as ``crop_features`` gives them."""
+    return {
+        "pixels": features_NF,
+        "reader": load_reader().classifier.decision_function(features_NF),
+    }
