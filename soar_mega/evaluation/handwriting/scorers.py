@@ -1,4 +1,4 @@
-"""The scorers of the benchmark ``handwriting``; scikit-learn alone is needed (the extra ``eval``)."""
+"""Scorers of the benchmark ``handwriting``; they need scikit-learn alone (the extra ``eval``)."""
 
 from __future__ import annotations
 
