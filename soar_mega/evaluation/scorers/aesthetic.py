@@ -88,7 +88,7 @@ def load_head(state: Mapping[str, torch.Tensor], prefix: str, path: Path) -> nn.
             renamed[f"{place}.{part}"] = found.pop(f"{number}.{part}").float()
     if found:
         raise ScorerError(f"{path} has an unknown {prefix}{min(found)}: it is another model's")
-    layers = [nn.Linear(*reversed(renamed[f"{p}.weight"].shape)) for p in range(len(_LAYERS))]
-    head = nn.Sequential(*layers)
+    shapes = [renamed[f"{place}.weight"].shape for place in range(len(_LAYERS))]
+    head = nn.Sequential(*(nn.Linear(shape[1], shape[0]) for shape in shapes))
     fill(head, renamed, path)
     return head.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Tensors of the original BLIP, as ImageReward stores them, under the names of transformers' BLIP."""
+"""Tensors of the original BLIP, as ImageReward stores them, under transformers' names."""
 
 from __future__ import annotations
 

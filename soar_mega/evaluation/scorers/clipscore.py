@@ -1,7 +1,7 @@
 """CLIPScore: does a picture match its prompt in the eyes of CLIP ViT-L/14?
 
-Hessel et al. define 2.5 * max(cosine, 0). Papers on SD3, Flow-GRPO's and SOAR's among them, print the
-cosine itself (0.285 for SD3.5-M on DrawBench), and so does this.
+Hessel et al. define 2.5 * max(cosine, 0). Papers on SD3, Flow-GRPO's and SOAR's among them, print
+the cosine itself (0.285 for SD3.5-M on DrawBench), and so does this.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class ClipScore:
 
     name = "clipscore"
     citation = (
-        "Hessel et al. 2021, CLIPScore, arXiv 2104.08718 (without its factor 2.5); weights: Radford "
-        "et al. 2021, openai/clip-vit-large-patch14"
+        "Hessel et al. 2021, CLIPScore, arXiv 2104.08718 (without its factor 2.5); weights: "
+        "Radford et al. 2021, openai/clip-vit-large-patch14"
     )
     overall: Literal["pictures", "categories"] = "pictures"
     needs: tuple[Weights, ...] = (CLIP_L,)

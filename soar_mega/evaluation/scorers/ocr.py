@@ -1,10 +1,11 @@
 """OCR accuracy: can the text that a prompt asks for be read in the picture?
 
-The number is Flow-GRPO's: what is read and what is asked for, without spaces and in lower case; 1 if
-the one holds the other, else 1 - min(edit distance, length) / length. Flow-GRPO and SOAR read with
-PaddleOCR 2.9 (0.59 for SD3.5-M on Flow-GRPO's test prompts). Its models run in neither torch nor a
-current Python, so this reads with GOT-OCR 2.0, which reads a whole picture at once. A different reader
-makes different mistakes: compare numbers of this scorer with each other, not with published ones.
+The number is Flow-GRPO's: both texts without spaces and in lower case; 1 if what is read holds what
+is asked for, else 1 - min(edit distance, length) / length. Flow-GRPO and SOAR read with PaddleOCR 2.9
+(0.59 for SD3.5-M on Flow-GRPO's test prompts), which needs PaddlePaddle; its successor in
+transformers needs torchvision and OpenCV. This reads with GOT-OCR 2.0, which takes in a whole picture
+at once and needs neither. A different reader makes different mistakes: compare numbers of this scorer
+with each other, not with published ones.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class Ocr:
 
     name = "ocr"
     citation = (
-        "Liu et al. 2025, Flow-GRPO, arXiv 2505.05470 (the number); reader: Wei et al. 2024, GOT-OCR "
-        "2.0, arXiv 2409.01704, stepfun-ai/GOT-OCR-2.0-hf"
+        "Liu et al. 2025, Flow-GRPO, arXiv 2505.05470 (the number); reader: Wei et al. 2024, "
+        "GOT-OCR 2.0, arXiv 2409.01704, stepfun-ai/GOT-OCR-2.0-hf"
     )
     overall: Literal["pictures", "categories"] = "pictures"
     needs: tuple[Weights, ...] = (READER,)
@@ -66,8 +67,8 @@ def _target(prompt: Prompt) -> str:
     text = prompt.truth.get("text")
     if not isinstance(text, str) or not _plain(text):
         raise ValueError(
-            f"the prompt {prompt.text!r} says no text to be read: the scorer ocr needs a prompt set "
-            "of the kind ocr"
+            f"the prompt {prompt.text!r} says no text to be read: the scorer ocr needs a prompt "
+            "set of the kind ocr"
         )
     return text
 
@@ -109,8 +110,12 @@ class GotReader:
     """
 
     def __init__(self, folder: Path, device: torch.device | str) -> None:
-        from transformers import AutoImageProcessor, AutoTokenizer, GotOcr2ForConditionalGeneration
-        from transformers import GotOcr2Processor
+        from transformers import (
+            AutoImageProcessor,
+            AutoTokenizer,
+            GotOcr2ForConditionalGeneration,
+            GotOcr2Processor,
+        )
 
         self._model = load_model(GotOcr2ForConditionalGeneration, folder, device)
         self._processor: Any = GotOcr2Processor(

@@ -1,7 +1,7 @@
 """PickScore: which picture would people pick? A CLIP ViT-H/14 trained on 584,000 choices.
 
-The number is the model's logit, 100 times the cosine: 22.3 for SD3.5-M on DrawBench. Flow-GRPO divides
-it by 26 where it serves as a reward; its tables, as SOAR's, print the logit.
+The number is the model's logit, 100 times the cosine: 22.34 for SD3.5-M on DrawBench. Flow-GRPO
+divides it by 26 where it serves as a reward; its tables, as SOAR's, print the logit.
 """
 
 from __future__ import annotations

@@ -49,8 +49,8 @@ class Weights:
         files = " ".join(f"--include '{pattern}'" for pattern in self.fetch)
         return (
             f"Download it with\n  hf download {self.repository} --revision COMMIT {files} "
-            f"--local-dir {folder}\nor name {self.repository}@COMMIT instead of a folder; COMMIT is "
-            f"one that {page}/commits/main shows"
+            f"--local-dir {folder}\nor name {self.repository}@COMMIT instead of a folder; COMMIT "
+            f"is one that {page}/commits/main shows"
         )
 
 
