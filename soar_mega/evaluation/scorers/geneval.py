@@ -2,20 +2,21 @@
 
 Written from the definition (Ghosh et al. 2023) and its published numbers:
 - A detector finds COCO's 80 classes. Detections count from confidence 0.3, in the category
-  ``counting`` from 0.9; at most 16 a class, the most confident first. (The original has a suppression
-  of overlaps, switched off by its own default; so it is here: ``max_overlap = 1``.)
-- An object asked for with a count needs that many detections; colour and place are judged on the most
-  confident ones. More than asked for is wrong only where a prompt excludes it, as ``counting`` does.
+  ``counting`` from 0.9; at most 16 a class, the most confident first. (The original has a
+  suppression of overlaps, switched off by its own default; so it is here: ``max_overlap = 1``.)
+- An object asked for with a count needs that many detections; colour and place are judged on the
+  most confident ones. More than asked for is wrong only where a prompt excludes it, as ``counting``
+  does.
 - A colour is the one of ten that CLIP finds nearest to the detection's crop, all else grey.
-- A is left of B if the offset of their boxes' centres, less a tenth of the boxes' summed sizes on each
-  axis, points more than half leftward; all pairs must.
+- A is left of B if the offset of their boxes' centres, less a tenth of the boxes' summed sizes on
+  each axis, points more than half leftward; all pairs must.
 
-It is hard to pass by chance, hence ``correct`` is 0 or 1, and a set's number is the mean of its six
-categories' means, not of its pictures (0.63 for SD3.5-M).
+A picture is correct or not; a set's number is the mean of its six categories' means, not of its
+pictures (0.63 for SD3.5-M).
 
 What differs from the original: the detector is the authors' own Mask2Former Swin-S through
-transformers, where GenEval takes mmdetection's retrained copy; CLIP ViT-L/14 runs through transformers.
-Numbers can differ by about a point.
+transformers, where GenEval takes mmdetection's retrained copy; CLIP ViT-L/14 runs through
+transformers. Numbers can differ slightly; by how much is not measured.
 
 Legend: D detections, C colours, E dimensions of the embedding, H/W the picture in px.
 """
@@ -101,8 +102,8 @@ class GenEval:
         for prompt in prompts:
             if not prompt.truth.get("include"):
                 raise ValueError(
-                    f"the prompt {prompt.text!r} says no objects: the scorer geneval needs a prompt "
-                    "set of the kind geneval"
+                    f"the prompt {prompt.text!r} says no objects: the scorer geneval needs a "
+                    "prompt set of the kind geneval"
                 )
         return each("correct", pictures, prompts, lambda p, q: float(not self.faults(p, q)))
 

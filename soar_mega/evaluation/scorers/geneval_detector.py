@@ -1,9 +1,9 @@
 """GenEval's detector: Mask2Former, trained on COCO, as Cheng et al. use it for instances.
 
 A picture is resized as mmdetection tests it: shortest edge 800, longest at most 1333. Each of 100
-queries gives a mask and a probability of each class; of all pairs of query and class the 100 likeliest
-are detections. A detection's confidence is that probability times its mask's mean certainty, its box
-the mask's extent.
+queries gives a mask and a probability of each class; of all pairs of query and class the 100
+likeliest are detections. A detection's confidence is that probability times its mask's mean
+certainty, its box the mask's extent.
 
 Legend: Q queries, K classes, D detections, h/w the mask's own size, H/W the picture in px.
 """

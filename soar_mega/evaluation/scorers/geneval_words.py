@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-# COCO's 80 classes in its own order; GenEval calls three of them by clearer names: "computer mouse",
-# "tv remote" and "computer keyboard".
+# COCO's 80 classes in its own order; GenEval calls three of them by clearer names: "computer
+# mouse", "tv remote" and "computer keyboard".
 CLASSES = tuple(
     [
         "person",

@@ -1,9 +1,9 @@
 """HPS v2.1: would people prefer a picture for its prompt? A CLIP ViT-H/14 trained on choices.
 
 The number is the cosine, as published (0.279 for SD3.5-M on DrawBench). The original runs open_clip
-in half precision and resizes tensors; this is transformers' model in fp32 with Pillow's resizing, so
-that the fourth digit may differ. Key mapping checked against the published key names of open_clip's
-ViT-H-14, not against the weights.
+in half precision and resizes tensors; this is transformers' model in fp32 with Pillow's resizing,
+so that the fourth digit may differ. Key mapping checked against the published key names of
+open_clip's ViT-H-14, not against the weights.
 """
 
 from __future__ import annotations

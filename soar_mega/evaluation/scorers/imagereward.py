@@ -1,8 +1,8 @@
 """ImageReward: BLIP, trained on rankings, on how well a picture answers its prompt and pleases.
 
 A vision transformer reads the picture, a text encoder reads the prompt and attends to the picture,
-and five linear layers turn its first token into a number, shifted and scaled to mean 0 and variance 1
-over its authors' pictures (0.85 for SD3.5-M on DrawBench).
+and five linear layers turn its first token into a number, shifted and scaled to mean 0 and variance
+1 over its authors' pictures (0.85 for SD3.5-M on DrawBench).
 
 The original carries its own copy of BLIP; this runs transformers' BLIP. Key mapping checked against
 the published key names, not against the weights.

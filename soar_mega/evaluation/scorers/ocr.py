@@ -1,11 +1,11 @@
 """OCR accuracy: can the text that a prompt asks for be read in the picture?
 
 The number is Flow-GRPO's: both texts without spaces and in lower case; 1 if what is read holds what
-is asked for, else 1 - min(edit distance, length) / length. Flow-GRPO and SOAR read with PaddleOCR 2.9
-(0.59 for SD3.5-M on Flow-GRPO's test prompts), which needs PaddlePaddle; its successor in
-transformers needs torchvision and OpenCV. This reads with GOT-OCR 2.0, which takes in a whole picture
-at once and needs neither. A different reader makes different mistakes: compare numbers of this scorer
-with each other, not with published ones.
+is asked for, else 1 - min(edit distance, length) / length. Flow-GRPO and SOAR read with PaddleOCR
+2.9 (0.59 for SD3.5-M on Flow-GRPO's test prompts), which needs PaddlePaddle; its successor in
+transformers needs torchvision and OpenCV. This reads with GOT-OCR 2.0, which takes in a whole
+picture at once and needs neither. A different reader makes different mistakes: compare numbers of
+this scorer with each other, not with published ones.
 """
 
 from __future__ import annotations
