@@ -100,9 +100,9 @@ def detector_folder(folder: Path, *, classes: int = 80) -> Any:
             "window_size": 4,
             "out_features": ["stage1", "stage2", "stage3", "stage4"],
         },
-        feature_size=16,
-        mask_feature_size=16,
-        hidden_dim=16,
+        feature_size=32,  # the least that its 32 groups allow
+        mask_feature_size=32,
+        hidden_dim=32,
         encoder_feedforward_dim=16,
         dim_feedforward=16,
         encoder_layers=1,
