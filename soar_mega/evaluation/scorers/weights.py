@@ -149,7 +149,9 @@ def load_model(kind: Any, folder: Path, device: torch.device | str) -> Any:
         )
     except Exception as error:  # of transformers, safetensors, JSON
         raise ScorerError(f"{folder} cannot be read as {kind.__name__}: {error}") from error
-    absent = sorted(report["missing_keys"])
+    # Not buffers, which are constants here that some releases store, nor names of tied parameters.
+    own = {name for name, _ in model.named_parameters()}
+    absent = sorted(own & set(report["missing_keys"]))
     if absent:
         raise ScorerError(
             f"{folder} lacks {len(absent)} tensors of {kind.__name__}, such as {absent[0]}: "
@@ -211,5 +213,6 @@ def pil_settings() -> dict[str, Any]:
     """
     import transformers
 
-    major = int(transformers.__version__.partition(".")[0])
-    return {"backend": "pil"} if major >= 5 else {"use_fast": False}
+    # Releases that have both kinds call them so; older ones have a slow and a fast class.
+    both = hasattr(transformers, "CLIPImageProcessorPil")
+    return {"backend": "pil"} if both else {"use_fast": False}
