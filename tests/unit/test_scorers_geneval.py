@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from soar_mega.evaluation.interface import Prompt
 from soar_mega.evaluation.scorers.clip import Clip
@@ -193,6 +194,29 @@ def test_the_detector_through_its_real_class(tmp_path: Path) -> None:
     ):
         assert confidence == pytest.approx(expected, abs=1e-4)
         assert np.allclose(box, expected_box, atol=1)
+
+
+def test_a_file_from_before_the_backbones_last_norm_loads(tmp_path: Path) -> None:
+    model = detector_folder(tmp_path)
+    edges, picture = {"shortest_edge": 64, "longest_edge": 128}, noise(1, 90, 60)
+    expected = Mask2Former.load(tmp_path, "cpu", edges)(picture)
+    own = dict(model.named_parameters())
+    norms = [name for name in own if name.endswith("encoder.swin.layernorm.weight")]
+    with torch.no_grad():
+        for name in norms:
+            own[name].fill_(float("nan"))  # no output depends on it
+    model.save_pretrained(tmp_path)
+    found = Mask2Former.load(tmp_path, "cpu", edges)(picture)
+    assert [one.confidence for one in found] == [one.confidence for one in expected]
+    tensors = load_file(tmp_path / "model.safetensors")
+    kept = {name: value for name, value in tensors.items() if "swin.layernorm" not in name}
+    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    found = Mask2Former.load(tmp_path, "cpu", edges)(picture)
+    assert [one.confidence for one in found] == [one.confidence for one in expected]
+    kept.popitem()
+    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ScorerError, match="lacks 1 tensors"):
+        Mask2Former.load(tmp_path, "cpu", edges)
 
 
 def test_a_detector_of_other_classes_is_refused(tmp_path: Path) -> None:

@@ -36,6 +36,9 @@ DETECTOR = Weights(
 )
 _EDGES = {"shortest_edge": 800, "longest_edge": 1333}
 _MOST = 100
+# transformers 5 gives the backbone a last norm that only its unused last output passes through; the
+# published file is older.
+_UNUSED = (".encoder.swin.layernorm.weight", ".encoder.swin.layernorm.bias")
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class Mask2Former:
         """
         from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
 
-        model = load_model(Mask2FormerForUniversalSegmentation, folder, device)
+        model = load_model(Mask2FormerForUniversalSegmentation, folder, device, unused=_UNUSED)
         if model.config.num_labels != len(CLASSES):
             raise ScorerError(
                 f"{folder} detects {model.config.num_labels} classes, GenEval needs COCO's "

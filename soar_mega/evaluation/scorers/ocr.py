@@ -133,7 +133,9 @@ class GotReader:
             picture.convert("RGB"), num_image_tokens=self._tokens, return_tensors="pt"
         ).to(self._model.device)
         ids = self._model.generate(
-            **inputs,
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            pixel_values=inputs["pixel_values"],
             do_sample=False,
             max_new_tokens=_MAX_TOKENS,
             tokenizer=self._processor.tokenizer,

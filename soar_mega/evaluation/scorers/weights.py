@@ -131,13 +131,16 @@ def find_all(
     return folders
 
 
-def load_model(kind: Any, folder: Path, device: torch.device | str) -> Any:
+def load_model(
+    kind: Any, folder: Path, device: torch.device | str, *, unused: tuple[str, ...] = ()
+) -> Any:
     """A transformers model in fp32 for inference.
 
     Args:
         kind: Its class.
         folder: One with config.json and safetensors files.
         device: Where it goes.
+        unused: Ends of the names of parameters that may be missing, as no output depends on them.
 
     Raises:
         ScorerError: The folder cannot be read as such a model, or lacks tensors: transformers would
@@ -151,7 +154,8 @@ def load_model(kind: Any, folder: Path, device: torch.device | str) -> Any:
         raise ScorerError(f"{folder} cannot be read as {kind.__name__}: {error}") from error
     # Not buffers, which are constants here that some releases store, nor names of tied parameters.
     own = {name for name, _ in model.named_parameters()}
-    absent = sorted(own & set(report["missing_keys"]))
+    missing = own & set(report["missing_keys"])
+    absent = sorted(name for name in missing if not name.endswith(unused))
     if absent:
         raise ScorerError(
             f"{folder} lacks {len(absent)} tensors of {kind.__name__}, such as {absent[0]}: "
