@@ -1,0 +1,1 @@
+"""Published scores of pictures, one file each; ``make.py`` makes them by name."""
