@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -23,7 +24,7 @@ class HandwritingScorer:
 
     name = "handwriting"
     citation = "soar_mega.evaluation.handwriting.verify; scans: scikit-learn's digits (UCI, 1998)"
-    overall_is_mean_of_categories = True
+    overall: Literal["pictures", "categories"] = "categories"
 
     def score(
         self, pictures: Sequence[Image.Image], prompts: Sequence[Prompt]
