@@ -5,7 +5,7 @@ DIR/sd35/                   a StableDiffusion3Pipeline folder (transformer untra
 DIR/shards/raw-*.tar        64 px pages of digits with flaws and wrong captions, for pretraining
 DIR/shards/curated-*.tar    pages that show what their captions say, for SFT and SOAR
 DIR/shards/heldout-*.tar    combinations and scans that training never shows
-DIR/prompts.jsonl           the captions of the latter, with their kind
+DIR/prompts.txt             the captions of the latter
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> None:
         parser.error(str(error))
     print(f"pipeline: {arguments.out / 'sd35'}")
     print(f"shards:   {arguments.out / 'shards'}")
-    print(f"prompts:  {arguments.out / 'prompts.jsonl'}")
+    print(f"prompts:  {arguments.out / 'prompts.txt'}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from soar_mega.data.tiny.pages import parse_caption
 from soar_mega.evaluation.interface import Prompt
 from soar_mega.evaluation.scorers.geneval_words import CLASSES, COLORS, RELATIONS
 
@@ -25,12 +26,12 @@ def read_prompts(path: str | Path, kind: str) -> list[Prompt]:
         kind: One of ``KINDS``. ``geneval``: JSON lines, GenEval's ``evaluation_metadata.jsonl``.
             ``ocr``: a prompt a line, the text to be drawn in double quotes, Flow-GRPO's
             ``ocr/test.txt``. ``drawbench``: a table with the columns ``Prompts`` and ``Category``,
-            separated by tabs or commas, or a prompt a line. ``pickscore`` and ``lines``: a prompt a
-            line.
+            separated by tabs or commas, or a prompt a line. ``handwriting``: captions of pages
+            (``data.tiny.pages``), one a line. ``pickscore`` and ``lines``: a prompt a line.
 
     Returns:
         GenEval's have their tag as category and ``include`` and ``exclude`` as truth, OCR's their
-        ``text`` as truth, a DrawBench table's their category.
+        ``text`` as truth, a DrawBench table's their category, captions of pages their kind.
 
     Raises:
         PromptError: No such file or kind, or a line breaks the rules of its kind.
@@ -74,6 +75,14 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
 def _plain(text: str) -> Iterator[Prompt]:
     for _, line in _lines(text):
         yield Prompt(line)
+
+
+def _handwriting(text: str) -> Iterator[Prompt]:
+    for number, line in _lines(text):
+        try:
+            yield Prompt(line, parse_caption(line).kind)
+        except ValueError as error:
+            raise _LineError(number, str(error)) from error
 
 
 def _ocr(text: str) -> Iterator[Prompt]:
@@ -170,6 +179,7 @@ _READERS: dict[str, Callable[[str], Iterator[Prompt]]] = {
     "geneval": _geneval,
     "ocr": _ocr,
     "drawbench": _drawbench,
+    "handwriting": _handwriting,
     "pickscore": _plain,
     "lines": _plain,
 }

@@ -135,3 +135,16 @@ def test_broken_sets_are_told_where_and_why(
 def test_no_such_file(tmp_path: Path) -> None:
     with pytest.raises(PromptError, match=r"absent\.txt cannot be read: No such file"):
         read_prompts(tmp_path / "absent.txt", "lines")
+
+
+def test_captions_of_pages_have_their_kind(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("red 40718 on white\nfive red 3 on pink\n")
+    found = read_prompts(path, "handwriting")
+    assert [(p.text, p.category) for p in found] == [
+        ("red 40718 on white", "number"),
+        ("five red 3 on pink", "count"),
+    ]
+    path.write_text("red 40718 on white\na cat\n")
+    with pytest.raises(PromptError, match="line 2: Not a caption of a page"):
+        read_prompts(path, "handwriting")

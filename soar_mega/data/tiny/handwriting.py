@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,7 +74,7 @@ def make_handwriting(
 
     ``out/sd35`` is the pipeline, its transformer untrained; ``out/shards/raw-*.tar`` are for
     pretraining, ``curated-*.tar`` for SFT and SOAR. ``heldout-*.tar`` hold combinations neither
-    has, in scans that neither the training pages nor the digit reader saw; ``out/prompts.jsonl``
+    has, in scans that neither the training pages nor the digit reader saw; ``out/prompts.txt``
     are the captions of the latter.
 
     Args:
@@ -103,5 +102,5 @@ def make_handwriting(
         pictures = pages.draw_pages(some, scans, 3 * seed + place, raw=name == "raw")
         write_shards(out / "shards", name, some, np.asarray(pictures))
         if name == "heldout":
-            lines = [json.dumps({"prompt": page.caption, "tag": page.kind}) for page in some]
-            (out / "prompts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            lines = [page.caption + "\n" for page in some]
+            (out / "prompts.txt").write_text("".join(lines), encoding="utf-8")

@@ -10,18 +10,20 @@ from typing import Any
 
 import torch
 
-from soar_mega.evaluation.interface import Scorer
+from soar_mega.evaluation.interface import Scorer, SetScorer
 from soar_mega.evaluation.scorers.weights import ScorerError, Weights, find_all
 
-# Name -> module here and class, so that a scorer nobody asks for is not imported.
+# Name -> module and class, so that a scorer nobody asks for is not imported.
 _KINDS = {
-    "aesthetic": ("aesthetic", "Aesthetic"),
-    "clipscore": ("clipscore", "ClipScore"),
-    "geneval": ("geneval", "GenEval"),
-    "hpsv2": ("hpsv2", "HpsV2"),
-    "imagereward": ("imagereward", "ImageReward"),
-    "ocr": ("ocr", "Ocr"),
-    "pickscore": ("pickscore", "PickScore"),
+    "aesthetic": ("scorers.aesthetic", "Aesthetic"),
+    "clipscore": ("scorers.clipscore", "ClipScore"),
+    "geneval": ("scorers.geneval", "GenEval"),
+    "handwriting": ("handwriting.scorers", "HandwritingScorer"),
+    "handwriting_frechet": ("handwriting.scorers", "HandwritingFrechet"),
+    "hpsv2": ("scorers.hpsv2", "HpsV2"),
+    "imagereward": ("scorers.imagereward", "ImageReward"),
+    "ocr": ("scorers.ocr", "Ocr"),
+    "pickscore": ("scorers.pickscore", "PickScore"),
 }
 SCORERS = tuple(_KINDS)
 
@@ -30,7 +32,7 @@ def make_scorer(
     name: str,
     locations: str | Path | Mapping[str, str | Path],
     device: torch.device | str = "cpu",
-) -> Scorer:
+) -> Scorer | SetScorer:
     """A scorer ready to use; with hub models it downloads what the cache lacks.
 
     Args:
@@ -44,7 +46,7 @@ def make_scorer(
             download and where to put it.
     """
     kind = _kind(name)
-    scorer: Scorer = kind.load(find_all(kind.needs, locations, name), device)
+    scorer: Scorer | SetScorer = kind.load(find_all(kind.needs, locations, name), device)
     return scorer
 
 
@@ -73,4 +75,4 @@ def _kind(name: str) -> Any:
         hint = f"did you mean {near[0]}? " if near else ""
         raise ScorerError(f"no scorer {name!r}: {hint}There are {', '.join(SCORERS)}")
     module, kind = _KINDS[name]
-    return getattr(importlib.import_module(f"soar_mega.evaluation.scorers.{module}"), kind)
+    return getattr(importlib.import_module(f"soar_mega.evaluation.{module}"), kind)
