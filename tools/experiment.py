@@ -38,6 +38,13 @@ def main() -> int:
         "--pictures", type=int, default=512, metavar="N", help="prompts to draw (default: 512)"
     )
     parser.add_argument(
+        "--pages",
+        type=int,
+        default=24576,
+        metavar="N",
+        help="pages the base is trained on; a sixth as many are curated (default: 24576)",
+    )
+    parser.add_argument(
         "--set",
         action="append",
         default=[],
@@ -52,6 +59,7 @@ def main() -> int:
         seeds=arguments.seeds,
         jobs=arguments.jobs,
         pictures=arguments.pictures,
+        pages=arguments.pages,
         overrides=arguments.set,
     )
     try:

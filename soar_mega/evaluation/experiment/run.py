@@ -37,7 +37,8 @@ class Experiment:
         out: Folder of the experiment.
         seeds: Repetitions of every arm, seeds 1, 2, ...
         jobs: Runs at a time.
-        pictures: Held-out prompts that are drawn and read, at most 512.
+        pictures: Held-out prompts that are drawn and read.
+        pages: Raw pages of the base's training; a sixth as many are curated.
         overrides: ``section.key=value`` for every training run, the base's too.
     """
 
@@ -49,11 +50,12 @@ class Experiment:
         seeds: int,
         jobs: int = 2,
         pictures: int = 512,
+        pages: int = 24576,
         overrides: Sequence[str] = (),
     ) -> None:
         self.root, self.out = root, out
         self.seeds, self.jobs, self.pictures = range(1, seeds + 1), jobs, pictures
-        self.overrides = tuple(overrides)
+        self.pages, self.overrides = pages, tuple(overrides)
         self._began = time.monotonic()
 
     def run(self, arms: Sequence[Arm]) -> dict[str, Any]:
@@ -71,7 +73,12 @@ class Experiment:
         """Pages, the pipeline folder, and both encoded."""
         data = self.out / "data"
         if not (data / "prompts.txt").is_file():
-            self._tool("make pages", "tools/make_handwriting.py", "--out", data)
+            self._tool(
+                "make pages",
+                "tools/make_handwriting.py",
+                *("--out", data, "--raw-pages", self.pages),
+                *("--curated-pages", self.pages // 6, "--held-out-pages", self.pictures),
+            )
         for name in _SETS:
             encoded = self.out / "encoded" / name
             if not (encoded / "encoded.json").is_file():
