@@ -1,8 +1,8 @@
 """What ``exposure_bias.measure`` found, as means over samples with standard errors: plain JSON.
 
-A *curve* is ``{"mean": [...], "error": [...]}``, one entry a noise level, None where there is nothing;
-a *number* the same without lists. Differences between models are taken sample by sample: all models
-saw the same samples and the same noise.
+A *curve* is ``{"mean": [...], "error": [...]}``, one entry a noise level, None where there is
+nothing; a *number* the same without lists. Differences between models are taken sample by sample:
+all models saw the same samples and the same noise.
 
 Legend: N samples, G noise levels, J horizons, C latent channels.
 """
