@@ -1,12 +1,12 @@
 """Exposure bias: how far a model drifts when it samples, against the path it was trained on.
 
 A held-out sample z0 and a noise z1 name an ideal path z_sigma = (1 - sigma) z0 + sigma z1, along
-which the velocity is z1 - z0. Two kinds of path are compared with it, on the sampler's noise levels:
+which the velocity is z1 - z0. Two kinds of path are compared with it, on the sampler's levels:
 
 - *excursions*: from every ideal state, a few guided steps of the sampler. The state reached has a
   distance from the ideal one of its level, and the velocity that leads back to the sample is
   (z - z0) / sigma. The conditional velocity's distance from that, less its distance from z1 - z0 at
-  the ideal state, is the exposure gap.
+  the ideal state, is the exposure gap; it is reported times sigma.
 - *the whole way* from pure noise. It ends at another sample than z0, so only what needs no pairing
   is kept: means and covariances of the channels. An exact velocity field without guidance carries
   the law of the ideal states along, so here the ideal states are the truth.

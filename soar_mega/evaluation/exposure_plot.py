@@ -63,19 +63,22 @@ class _Panels:
         """The upper row: a few steps from ideal states."""
         short, long = _steps(self._short), _steps(self._long)
         unit = "RMS, latent units"
-        axes = self._panel("Drift of the state from the ideal path", f"distance, {unit}", zero=True)
-        for _, colour, model in self._each():
+        axes = self._panel("Drift of the state from the ideal path", f"distance, {unit}")
+        for colour, model in self._each():
             self._draw(axes, colour, model["drift"][self._long], "-")
             self._draw(axes, colour, model["drift"][self._short], ":")
+        axes.set_ylim(bottom=0)
         _styles(axes, {"-": f"after {long}", ":": f"after {short}"}, "upper left")
         axes = self._panel("Error of the conditional velocity", f"distance, {unit}")
-        for _, colour, model in self._each():
+        axes.set_yscale("log")
+        for colour, model in self._each():
             self._draw(axes, colour, model["own_error"][self._long], "-")
             self._draw(axes, colour, model["ideal_error"], "--")
         _styles(axes, {"-": f"own states, after {long}", "--": "ideal states"}, "upper left")
-        axes = self._panel("Exposure gap: own states less ideal states", f"difference, {unit}")
+        title = "Exposure gap: own states less ideal states"
+        axes = self._panel(title, f"sigma x difference of errors, {unit}")
         axes.axhline(0, color=_FAINT, linewidth=0.8)
-        for _, colour, model in self._each():
+        for colour, model in self._each():
             self._draw(axes, colour, model["gap"][self._long], "-")
             self._draw(axes, colour, model["gap"][self._short], ":")
         _styles(axes, {"-": f"after {long}", ":": f"after {short}"}, "upper left")
@@ -84,32 +87,30 @@ class _Panels:
         """The lower row: from pure noise."""
         axes = self._panel("From noise: norm of the state", "ratio to ideal states of the level")
         axes.axhline(1, color=_FAINT, linewidth=0.8)
-        for _, colour, model in self._each():
+        for colour, model in self._each():
             self._draw(axes, colour, model["state_norm"], "-")
         axes = self._panel("From noise: norm of the clean estimate", "ratio to real latents")
         axes.axhline(1, color=_FAINT, linewidth=0.8)
-        for _, colour, model in self._each():
+        for colour, model in self._each():
             self._draw(axes, colour, model["clean_norm"], "-")
             self._draw(axes, colour, model["ideal_clean_norm"], "--")
         styles = {"-": "own states, the sampler's", "--": "ideal states, no guidance"}
         _styles(axes, styles, "lower right")
         title = "From noise: distance of the channels' law"
-        axes = self._panel(title, "Frechet distance, latent units", zero=True)
-        for _, colour, model in self._each():
+        axes = self._panel(title, "Frechet distance, RMS, latent units")
+        for colour, model in self._each():
             self._draw(axes, colour, model["law_distance"], "-")
+        axes.set_ylim(bottom=0)
 
-    def _each(self) -> list[tuple[str, str, Any]]:
-        pairs = zip(self._models.items(), _COLOURS, strict=False)
-        return [(label, colour, model) for (label, model), colour in pairs]
+    def _each(self) -> list[tuple[str, Any]]:
+        return list(zip(_COLOURS, self._models.values(), strict=False))
 
-    def _panel(self, title: str, ylabel: str, *, zero: bool = False) -> Any:
+    def _panel(self, title: str, ylabel: str) -> Any:
         axes = next(self._axes)
         axes.set_title(title, fontsize=10.5, loc="left")
         axes.set_xlabel("timestep (1000 = noise, 0 = picture)", fontsize=9)
         axes.set_ylabel(ylabel, fontsize=9)
         axes.set_xlim(1000, 0)  # as time runs when sampling
-        if zero:
-            axes.set_ylim(bottom=0)
         axes.grid(color=_GRID, linewidth=0.8)
         axes.tick_params(labelsize=8.5, colors=_FAINT)
         axes.spines[["top", "right"]].set_visible(False)

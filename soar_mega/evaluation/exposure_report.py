@@ -93,10 +93,13 @@ def _difference(one: Measurement, other: Measurement) -> dict[str, Any]:
 
 
 def _excursions(m: Measurement) -> dict[str, Tensor]:
+    sigma_G1 = torch.tensor(m.sigmas, dtype=torch.float64)[:, None]
     return {
         "drift": m.drift_JGN,
         "own_error": m.own_error_JGN,
-        "gap": m.own_error_JGN - m.ideal_error_GN,
+        # Times sigma, the error of the clean estimate z - sigma v: the velocity that leads back
+        # has no bound as sigma falls.
+        "gap": sigma_G1 * (m.own_error_JGN - m.ideal_error_GN),
     }
 
 
