@@ -61,27 +61,33 @@ class _Panels:
 
     def excursions(self) -> None:
         """The upper row: a few steps from ideal states."""
+        from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
         short, long = _steps(self._short), _steps(self._long)
         unit = "RMS, latent units"
+        lengths = {"-": f"after {long}", ":": f"after {short}"}
         axes = self._panel("Drift of the state from the ideal path", f"distance, {unit}")
         for colour, model in self._each():
             self._draw(axes, colour, model["drift"][self._long], "-")
             self._draw(axes, colour, model["drift"][self._short], ":")
         axes.set_ylim(bottom=0)
-        _styles(axes, {"-": f"after {long}", ":": f"after {short}"}, "upper left")
+        _styles(axes, lengths, "upper left")
         axes = self._panel("Error of the conditional velocity", f"distance, {unit}")
-        axes.set_yscale("log")
+        axes.set_yscale("log")  # the velocity that leads back has no bound as sigma falls
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
         for colour, model in self._each():
             self._draw(axes, colour, model["own_error"][self._long], "-")
             self._draw(axes, colour, model["ideal_error"], "--")
         _styles(axes, {"-": f"own states, after {long}", "--": "ideal states"}, "upper left")
         title = "Exposure gap: own states less ideal states"
-        axes = self._panel(title, f"sigma x difference of errors, {unit}")
+        axes = self._panel(title, "sigma x difference of RMS errors")
         axes.axhline(0, color=_FAINT, linewidth=0.8)
         for colour, model in self._each():
             self._draw(axes, colour, model["gap"][self._long], "-")
             self._draw(axes, colour, model["gap"][self._short], ":")
-        _styles(axes, {"-": f"after {long}", ":": f"after {short}"}, "upper left")
+        _styles(axes, lengths, "upper left")
 
     def whole_way(self) -> None:
         """The lower row: from pure noise."""
@@ -138,4 +144,8 @@ def _styles(axes: Any, words: Mapping[str, str], place: str) -> None:
         Line2D([], [], color=_FAINT, linestyle=style, linewidth=1.6, label=text)
         for style, text in words.items()
     ]
+    if place.startswith("upper"):  # room for it above the lines
+        low, high = axes.transScale.transform([(0, y) for y in axes.get_ylim()])[:, 1]
+        top = axes.transScale.inverted().transform((0, low + 1.2 * (high - low)))[1]
+        axes.set_ylim(top=top)
     axes.legend(handles=entries, loc=place, fontsize=8.5, frameon=False, labelcolor=_FAINT)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from soar_mega.telemetry.metrics import read_metrics
 from tests.runs import Tiny, train
 from tools import encode_data
 
@@ -32,7 +31,6 @@ def test_a_folder_and_a_checkpoint_on_pictures(tiny: Tiny, tmp_path: Path) -> No
     pytest.importorskip("matplotlib")
     run, out = tmp_path / "a run", tmp_path / "out"
     train(tiny.config("soar", run, "train.max_train_steps=1"))
-    assert read_metrics(run / "metrics.jsonl")
     few = (f"--samples={SAMPLES}", f"--steps={STEPS}", "--batch=3")
     held_out = ("--shards", tiny.shards("heldout"), "--resolution=64", "--max-sequence-length=16")
     done = start(str(tiny.pretrained), f"soar={run}", *held_out, *few, "--out", str(out))
