@@ -132,6 +132,20 @@ def test_guidance_moves_states_but_not_the_velocity_that_is_judged(scheduler: Pa
     torch.testing.assert_close(found.own_error_JGN[1, 2], error_N, rtol=0, atol=1e-8)
 
 
+def test_a_field_that_leads_back_has_no_gap_however_far_it_drifts(scheduler: Path) -> None:
+    """What SOAR trains for: from every state the velocity to its own sample."""
+
+    def back(z: Tensor, sigma: Tensor, number_B: Tensor, prompted: bool) -> Tensor:
+        return (z - samples()[number_B]) / sigma if prompted else torch.zeros_like(z)
+
+    found = run(back, scheduler, guidance_scale=1.5)
+    for row, j in enumerate(found.horizons):
+        assert found.drift_JGN[row, j:].min() > 1e-3
+        assert found.own_error_JGN[row, j:-1].max() < 1e-9
+    assert found.ideal_error_GN[:-1].max() < 1e-9
+    assert report({"back": found})["models"]["back"]["gap"]["2"]["mean"][2] < 1e-9
+
+
 def test_the_whole_way_is_the_samplers(scheduler: Path) -> None:
     """Its end has the moments of what ``generate`` makes from the same noise."""
 
