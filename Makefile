@@ -24,7 +24,7 @@ demo: $(DEMO_READY) ## pretrain, SOAR, export, compare: pictures and a table in 
 	$(BIN)/python tools/demo.py --out "$(OUT)"
 
 test: check ## static checks and the tests, within 40 minutes on 2 cores
-	$(BIN)/python -m pytest -m "not full"
+	$(BIN)/python -m pytest -m "not full" --durations=40
 
 test-full: check ## static checks and all tests, the long matrices too
 	$(BIN)/python -m pytest
