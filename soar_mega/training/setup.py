@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from soar_mega import hub
 from soar_mega.checkpoint.importer import (
@@ -30,8 +29,6 @@ from soar_mega.data.model_folder import ModelFacts, check_folder
 from soar_mega.data.shards.index import ShardIndex, build_index
 from soar_mega.data.sources import TrainingData, open_encoded, open_training_data
 from soar_mega.launch.environment import ProcessEnvironment
-from soar_mega.launch.machine_facts import own_gpu
-from soar_mega.launch.rendezvous import open_store
 from soar_mega.model.config import MMDiTConfig
 from soar_mega.model.init import initialise
 from soar_mega.model.stage import MMDiTStage
@@ -146,50 +143,6 @@ def check_resolution(data: DataConfig, architecture: MMDiTConfig) -> None:
         f"{made} makes up to {longest // RESOLUTION_STEP} image tokens a side, but the position "
         f"table of model.pretrained holds {room} x {room} (pos_embed_max_size): use {fix}, or "
         "another model"
-    )
-
-
-def device_of(config: Config, process: ProcessEnvironment) -> torch.device:
-    """The device ``run.device`` means for this process.
-
-    Raises:
-        ConfigError: CUDA is asked for and not there.
-    """
-    if config.run.device == "cpu" or (
-        config.run.device == "auto" and not torch.cuda.is_available()
-    ):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ConfigError("run.device = cuda, but torch finds no CUDA device: use auto or cpu")
-    count = torch.cuda.device_count()
-    number = own_gpu(process.local_rank, count)
-    if number is None:
-        raise ConfigError(
-            f"process {process.local_rank} of this machine has no GPU: there are {count}; start at "
-            f"most {count} processes a machine"
-        )
-    return torch.device("cuda", number)
-
-
-def start_processes(process: ProcessEnvironment, device: torch.device, timeout: timedelta) -> None:
-    """Join the default process group where there is more than one process.
-
-    Raises:
-        RendezvousError: Rank 0 cannot listen, or is not found.
-    """
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if process.world_size == 1:
-        return
-    # torch knows how to share the agent's among restarts.
-    store = None if process.agent_store else open_store(process, timeout)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=store,
-        rank=process.rank,
-        world_size=process.world_size,
-        timeout=timeout,
-        device_id=device if device.type == "cuda" else None,
     )
 
 

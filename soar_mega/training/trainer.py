@@ -14,6 +14,7 @@ from soar_mega.checkpoint.agree import on_rank_0
 from soar_mega.config import Config, ConfigError
 from soar_mega.data.errors import TooManyBadSamplesError
 from soar_mega.launch.environment import ProcessEnvironment
+from soar_mega.launch.processes import device_of, start_processes
 from soar_mega.launch.signals import Signals, signal_lead
 from soar_mega.launch.watchdog import Watchdog
 from soar_mega.pipeline.recorder import Recorder
@@ -33,8 +34,6 @@ from soar_mega.training.setup import (
     Run,
     build,
     check,
-    device_of,
-    start_processes,
     timeout_of,
 )
 from soar_mega.training.starts import StuckRunError, count_start, forget_starts
@@ -67,7 +66,7 @@ def train(config: Config, signals: Signals) -> Outcome:
 def _train(
     config: Config, process: ProcessEnvironment, signals: Signals, watchdog: Watchdog
 ) -> Outcome:
-    device = device_of(config, process)
+    device = device_of(config.run.device, process)
     if config.parallel.tensor_parallel_overlap:
         # So that communication is launched before the product beside it; read with CUDA's context.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
