@@ -1,0 +1,40 @@
+"""The stages of a model that only draws, and the velocities they compute together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from soar_mega.backends.torch import TorchBackend
+from soar_mega.model.config import MMDiTConfig
+from soar_mega.model.stage import MMDiTStage
+from soar_mega.parallel.mesh import Mesh
+from soar_mega.pipeline.actions import Placement
+from soar_mega.pipeline.engine import Pipeline
+from soar_mega.pipeline.schedules import build_forwards
+from soar_mega.sampling.generate import ModelFunction
+
+
+def build_stage(
+    architecture: MMDiTConfig, mesh: Mesh, dtype: torch.dtype, cut: Sequence[range]
+) -> MMDiTStage:
+    """This process's stage, without weights.
+
+    Args:
+        architecture: Of the whole model.
+        mesh: Where this process stands; a pipeline rank owns one stage.
+        dtype: To compute in.
+        cut: Layers of each pipeline rank.
+
+    Raises:
+        ValueError: The tensor-parallel size does not cut the model.
+    """
+    layers = cut[mesh.pipeline_rank]
+    return MMDiTStage(architecture, mesh, TorchBackend(), layers=layers).to(dtype).eval()
+
+
+def velocities_of(stage: MMDiTStage, mesh: Mesh) -> ModelFunction:
+    """What ``generate`` calls; every rank of a model makes one, and calls it with the others."""
+    forwards = build_forwards(Placement(mesh.pipeline_size, 1, False), 1)
+    return Pipeline([stage], mesh, forwards).forward_everywhere
