@@ -111,7 +111,9 @@ def find_model(given: str | Path, weights: Weights, *, setting: str = "MODEL") -
             named = str(record["pretrained"])
             record["transformer"]
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{checkpoint} does not name its model: {error!r} is missing") from error
+            raise ValueError(
+                f"{checkpoint} does not name its model: {error!r} is missing"
+            ) from error
         base = hub.resolve(named, setting=f"model.pretrained of {checkpoint}")
     check_folder(base, setting=setting if checkpoint is None else "its model.pretrained")
     if checkpoint is None:

@@ -1,0 +1,116 @@
+"""Means of scores with 95 % intervals, overall and by category.
+
+The interval is the percentile bootstrap over prompts (Efron, "Bootstrap methods: another look at
+the jackknife", 1979): prompts are drawn again, each with all its pictures, because pictures of one
+prompt are not independent. Where the overall score is the mean over categories, prompts are drawn
+again within each. The draws are fixed, so the same scores give the same numbers.
+
+Legend: N prompts, R draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from soar_mega.evaluation.scoring import PictureScores
+
+CONFIDENCE = 0.95
+RESAMPLES = 1000
+_SEED = 0
+_AT_ONCE = 2**22  # numbers drawn at a time
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean.
+
+    Attributes:
+        value: Over pictures, or over categories.
+        low, high: Ends of the interval; None where there is none.
+        prompts, pictures: Of how many.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    prompts: int
+    pictures: int
+
+
+def summarise(
+    scores: PictureScores, categories: Sequence[str], *, mean_of_categories: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Each metric's estimates as plain values: ``{"overall": ..., "categories": {name: ...}}``.
+
+    Args:
+        scores: Of each picture; a metric may be missing in some, which do not count for it.
+        categories: Of each prompt; all empty: there are none.
+        mean_of_categories: Whether the overall value is the mean over categories, not pictures.
+    """
+    found = {}
+    for metric in dict.fromkeys(name for one in scores.values() for name in one):
+        sums, counts = _by_prompt(scores, metric, len(categories))
+        groups: dict[str, list[int]] = {}
+        for number in np.flatnonzero(counts):
+            groups.setdefault(categories[number], []).append(int(number))
+        parts = {name: (sums[own], counts[own]) for name, own in groups.items()}
+        every = np.flatnonzero(counts)
+        whole = list(parts.values()) if mean_of_categories else [(sums[every], counts[every])]
+        named = {} if set(parts) == {""} else parts
+        found[metric] = {
+            "overall": asdict(_estimate(whole)),
+            "categories": {name: asdict(_estimate([part])) for name, part in named.items()},
+        }
+    return found
+
+
+def of_set(metrics: Mapping[str, float], prompts: int, pictures: int) -> dict[str, dict[str, Any]]:
+    """The same for metrics of a whole set, which have no interval."""
+    return {
+        metric: {
+            "overall": asdict(Estimate(value, None, None, prompts, pictures)),
+            "categories": {},
+        }
+        for metric, value in metrics.items()
+    }
+
+
+def _by_prompt(scores: PictureScores, metric: str, prompts: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sum over a prompt's pictures and how many have the metric, (N,) each."""
+    sums, counts = np.zeros(prompts), np.zeros(prompts)
+    for (number, _), values in scores.items():
+        if metric in values:
+            sums[number] += values[metric]
+            counts[number] += 1
+    return sums, counts
+
+
+def _estimate(groups: Sequence[tuple[np.ndarray, np.ndarray]]) -> Estimate:
+    """The mean over groups of each group's mean over pictures."""
+    value = float(np.mean([sums.sum() / counts.sum() for sums, counts in groups]))
+    rng = np.random.default_rng(_SEED)
+    means_R = np.mean([_resampled(sums, counts, rng) for sums, counts in groups], axis=0)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(means_R, [tail, 1 - tail])
+    return Estimate(
+        value=value,
+        low=float(low),
+        high=float(high),
+        prompts=sum(len(counts) for _, counts in groups),
+        pictures=int(sum(counts.sum() for _, counts in groups)),
+    )
+
+
+def _resampled(sums_N: np.ndarray, counts_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(R,) means, each over as many prompts as there are, drawn again."""
+    prompts = len(sums_N)
+    rows = max(1, _AT_ONCE // prompts)
+    parts = []
+    for start in range(0, RESAMPLES, rows):
+        drawn_RN = rng.integers(prompts, size=(min(rows, RESAMPLES - start), prompts))
+        parts.append(sums_N[drawn_RN].sum(axis=1) / counts_N[drawn_RN].sum(axis=1))
+    return np.concatenate(parts)
