@@ -30,7 +30,6 @@ from soar_mega.data.encoders import FrozenEncoders
 from soar_mega.data.model_folder import ModelFacts, check_folder, read_json
 from soar_mega.model.config import MMDiTConfig
 from soar_mega.parallel.mesh import Mesh
-from soar_mega.pipeline.stages import cut_layers
 from soar_mega.sampling.build import build_stage, velocities_of
 from soar_mega.sampling.generate import ModelFunction
 from soar_mega.telemetry.flops import layer_costs
@@ -103,7 +102,7 @@ def find_model(given: str | Path, weights: Weights, *, setting: str = "MODEL") -
     source = hub.resolve(given, setting=setting)
     checkpoint = find_weights(source)
     if checkpoint is None:
-        base, record = source, {"transformer": read_transformer_config(source)}
+        base, record = source, dict[str, Any](transformer=read_transformer_config(source))
     else:
         extra = read_extra(checkpoint)
         try:
@@ -191,7 +190,7 @@ def load_model(source: ModelSource, mesh: Mesh, dtype: torch.dtype) -> LoadedMod
     architecture, facts = source.architecture, source.facts
     tokens = (architecture.sample_size // architecture.patch_size) ** 2
     costs = layer_costs(architecture, tokens, facts.text_tokens(source.max_sequence_length))
-    stage = build_stage(architecture, mesh, dtype, cut_layers(*costs, mesh.pipeline_size))
+    stage = build_stage(architecture, mesh, dtype, costs)
     load_weights(source.weights_from, [stage], mesh, source.weights)
     encoders = FrozenEncoders.load(source.base, device=mesh.device, dtype=dtype)
     return LoadedModel(velocities_of(stage, mesh), encoders, source.base / "scheduler")

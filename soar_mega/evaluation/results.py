@@ -5,6 +5,9 @@ the jackknife", 1979): prompts are drawn again, each with all its pictures, beca
 prompt are not independent. Where the overall score is the mean over categories, prompts are drawn
 again within each. The draws are fixed, so the same scores give the same numbers.
 
+Where all prompts score 0, or all 1, drawing them again tells nothing: the interval is then Wilson's
+("Probable inference", 1927) for that many prompts. One prompt of another score has none.
+
 Legend: N prompts, R draws.
 """
 
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -55,8 +59,8 @@ def summarise(
     for metric in dict.fromkeys(name for one in scores.values() for name in one):
         sums, counts = _by_prompt(scores, metric, len(categories))
         groups: dict[str, list[int]] = {}
-        for number in np.flatnonzero(counts):
-            groups.setdefault(categories[number], []).append(int(number))
+        for number in np.flatnonzero(counts).tolist():
+            groups.setdefault(categories[number], []).append(number)
         parts = {name: (sums[own], counts[own]) for name, own in groups.items()}
         every = np.flatnonzero(counts)
         whole = list(parts.values()) if mean_of_categories else [(sums[every], counts[every])]
@@ -94,15 +98,27 @@ def _estimate(groups: Sequence[tuple[np.ndarray, np.ndarray]]) -> Estimate:
     value = float(np.mean([sums.sum() / counts.sum() for sums, counts in groups]))
     rng = np.random.default_rng(_SEED)
     means_R = np.mean([_resampled(sums, counts, rng) for sums, counts in groups], axis=0)
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(means_R, [tail, 1 - tail])
+    prompts, tail = sum(len(counts) for _, counts in groups), (1 - CONFIDENCE) / 2
+    low, high = (float(end) for end in np.quantile(means_R, [tail, 1 - tail]))
+    ends: tuple[float | None, float | None] = low, high
+    if low == high and value in (0.0, 1.0):
+        ends = _wilson(value, prompts)
+    elif prompts == 1:
+        ends = None, None
     return Estimate(
         value=value,
-        low=float(low),
-        high=float(high),
-        prompts=sum(len(counts) for _, counts in groups),
+        low=ends[0],
+        high=ends[1],
+        prompts=prompts,
         pictures=int(sum(counts.sum() for _, counts in groups)),
     )
+
+
+def _wilson(value: float, prompts: int) -> tuple[float, float]:
+    """The interval of all or none of so many."""
+    z2 = NormalDist().inv_cdf(1 - (1 - CONFIDENCE) / 2) ** 2
+    far = prompts / (prompts + z2)
+    return (0.0, 1 - far) if value == 0 else (far, 1.0)
 
 
 def _resampled(sums_N: np.ndarray, counts_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:

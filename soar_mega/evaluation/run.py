@@ -147,7 +147,8 @@ def _score(
     plan: Plan, label: str, scorer: Any, out: Path, mesh: Mesh, scores: AllScores
 ) -> dict[str, Any]:
     """The scorer's estimates of a model; its pictures' scores go into ``scores``."""
-    gallery, chunks, found = Gallery(out, label), plan.chunks(), {}
+    gallery, chunks = Gallery(out, label), plan.chunks()
+    found: dict[str, Any] = {}
     if scores_pictures(scorer):
         # Whoever drew them: a picture is read as it was written.
         own = score_chunks(

@@ -8,6 +8,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from soar_mega.evaluation.interface import Prompt
 
+_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
 _INK, _GREY, _PAPER, _LINE = (32, 32, 36), (95, 99, 104), (250, 250, 250), (218, 220, 224)
 _TILE, _GAP, _TEXT_WIDTH, _FONT = 256, 16, 260, 15
 _MOST_LINES = 4  # of scores under a picture
@@ -80,7 +82,7 @@ def _resized(picture: Image.Image) -> Image.Image:
     return picture.resize(size, way)
 
 
-def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+def _wrapped(text: str, font: _Font, width: int) -> list[str]:
     lines: list[str] = [""]
     for word in text.split():
         tried = f"{lines[-1]} {word}".strip()
@@ -91,7 +93,7 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     return lines
 
 
-def _fitted(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+def _fitted(text: str, font: _Font, width: int) -> str:
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "...") > width:

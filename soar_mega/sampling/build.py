@@ -13,11 +13,15 @@ from soar_mega.parallel.mesh import Mesh
 from soar_mega.pipeline.actions import Placement
 from soar_mega.pipeline.engine import Pipeline
 from soar_mega.pipeline.schedules import build_forwards
+from soar_mega.pipeline.stages import cut_layers
 from soar_mega.sampling.generate import ModelFunction
 
 
 def build_stage(
-    architecture: MMDiTConfig, mesh: Mesh, dtype: torch.dtype, cut: Sequence[range]
+    architecture: MMDiTConfig,
+    mesh: Mesh,
+    dtype: torch.dtype,
+    costs: tuple[Sequence[float], float, float],
 ) -> MMDiTStage:
     """This process's stage, without weights.
 
@@ -25,12 +29,13 @@ def build_stage(
         architecture: Of the whole model.
         mesh: Where this process stands; a pipeline rank owns one stage.
         dtype: To compute in.
-        cut: Layers of each pipeline rank.
+        costs: Of each layer, of the embeddings, of the head; for the cut into stages.
 
     Raises:
-        ValueError: The tensor-parallel size does not cut the model.
+        ValueError: The tensor-parallel size does not cut the model, or there are more pipeline
+            ranks than layers.
     """
-    layers = cut[mesh.pipeline_rank]
+    layers = cut_layers(*costs, mesh.pipeline_size)[mesh.pipeline_rank]
     return MMDiTStage(architecture, mesh, TorchBackend(), layers=layers).to(dtype).eval()
 
 
