@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from soar_mega.data.encoders import FrozenEncoders
 from soar_mega.data.model_folder import ModelFacts, check_folder
 from soar_mega.data.shards.index import ShardIndex, build_index
 from soar_mega.data.sources import TrainingData, open_encoded, open_training_data
+from soar_mega.evaluation.interface import Prompt
 from soar_mega.launch.environment import ProcessEnvironment
 from soar_mega.model.config import MMDiTConfig
 from soar_mega.model.init import initialise
@@ -38,6 +39,7 @@ from soar_mega.parallel.sharded import ShardedParameters
 from soar_mega.pipeline.actions import Schedule
 from soar_mega.pipeline.engine import Pipeline
 from soar_mega.pipeline.schedules import build_schedule
+from soar_mega.training.evaluation_inputs import load_scorers, read_evaluated
 from soar_mega.training.feed import DTYPES, Feed
 from soar_mega.training.health import Health
 from soar_mega.training.layout import check_layout, cut_model
@@ -61,6 +63,8 @@ class Checked:
     data: TrainingData
     validation_index: ShardIndex | None
     validation_set: EncodedSet | None  # where validation_index is of one
+    evaluated: tuple[Prompt, ...] = ()  # of evaluations
+    scorers: tuple[Any, ...] = ()  # the same; loaded, so that what fails does before the start
 
 
 def check(config: Config, process: ProcessEnvironment) -> Checked:
@@ -72,12 +76,13 @@ def check(config: Config, process: ProcessEnvironment) -> Checked:
         ConfigError, ValueError: The first problem found, naming setting, value, rule and fix.
     """
     checked = check_inputs(config, process.world_size)
+    checked = replace(checked, scorers=load_scorers(config, checked.evaluated, process))
     _check_run_folder(config, process)  # last: what is refused leaves no folder behind
     return checked
 
 
 def check_inputs(config: Config, world_size: int) -> Checked:
-    """What ``check`` does, but for optional packages and the run folder; writes nothing there.
+    """What ``check`` does, but for optional packages, scorers and the run folder; writes nothing.
 
     Raises:
         ConfigError, ValueError: As ``check``.
@@ -107,7 +112,8 @@ def check_inputs(config: Config, world_size: int) -> Checked:
             validation_set = open_encoded(
                 validation_index, config.data, str(folder), setting=setting
             )
-    return Checked(folder, architecture, data, validation_index, validation_set)
+    evaluated = read_evaluated(validation)
+    return Checked(folder, architecture, data, validation_index, validation_set, evaluated)
 
 
 def _check_run_folder(config: Config, process: ProcessEnvironment) -> None:
@@ -240,7 +246,8 @@ def _health(config: Config, resumed: Resumed) -> Health:
 def _needs_encoders(config: Config, checked: Checked) -> bool:
     """Encoded sets save their time and memory, unless pictures are drawn or validated on."""
     pictures = checked.validation_index is not None and not checked.validation_index.encoded
-    return checked.data.encoded is None or pictures or config.validation.image_steps is not None
+    draws = (config.validation.image_steps, config.validation.evaluate_steps) != (None, None)
+    return checked.data.encoded is None or pictures or draws
 
 
 def _own_stages(

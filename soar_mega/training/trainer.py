@@ -13,6 +13,7 @@ import torch.distributed as dist
 from soar_mega.checkpoint.agree import on_rank_0
 from soar_mega.config import Config, ConfigError
 from soar_mega.data.errors import TooManyBadSamplesError
+from soar_mega.evaluation.scoring import ScoringError
 from soar_mega.launch.environment import ProcessEnvironment
 from soar_mega.launch.processes import device_of, start_processes
 from soar_mega.launch.signals import Signals, signal_lead
@@ -25,6 +26,8 @@ from soar_mega.telemetry.flops import (
     training_factor,
 )
 from soar_mega.training import notes
+from soar_mega.training.evaluation import Evaluation
+from soar_mega.training.evaluation_inputs import fingerprint
 from soar_mega.training.health import SickRunError
 from soar_mega.training.optimizer import check_optimizer
 from soar_mega.training.precision import check_backend
@@ -85,7 +88,7 @@ def _train(
     start_processes(process, device, timeout_of(config))
     agree_on_problem(problem)
     assert checked is not None
-    agree_on_steps(config, checked.data.fingerprint())
+    agree_on_steps(config, checked.data.fingerprint(), fingerprint(checked.evaluated))
     try:
         run = build(config, checked, device)
     except ValueError as error:  # whatever a room refuses is the user's to mend
@@ -146,9 +149,13 @@ def _loop(run: Run, process: ProcessEnvironment, signals: Signals, watchdog: Wat
         if agreed.stop or agreed.leave:
             reporter.note(notes.ended(run, agreed, run.done_steps), *requests.answered(agreed))
             return "stopped" if agreed.stop else "interrupted"
-        validation = Validation(run)
+        validation, evaluation = Validation(run), Evaluation(run)
         flops = training_factor(config.objective) * _sample_flops(run)
         save_due, slowest_s, lead_s = False, 0.0, signal_lead(os.environ)
+
+        def leaves() -> bool:
+            return requests.agree(leave=signals.received is not None).leave
+
         for step in range(run.done_steps, last):
             watchdog.enter("step")
             began = time.perf_counter()
@@ -174,6 +181,15 @@ def _loop(run: Run, process: ProcessEnvironment, signals: Signals, watchdog: Wat
             if validation.is_due(done):
                 watchdog.enter("validation")
                 metrics |= validation.losses(watchdog.alive)
+                watchdog.enter("step")
+            if evaluation.is_due(done):
+                watchdog.enter("validation")
+                started = time.perf_counter()
+                try:
+                    metrics |= evaluation.measure(watchdog.alive, leaves)
+                except ScoringError as error:
+                    reporter.note(f"evaluation of step {done}: {error}; training goes on")
+                began += time.perf_counter() - started  # it can be broken off
                 watchdog.enter("step")
             reporter.step(done, metrics)
             if health.exhausted:
