@@ -13,6 +13,7 @@ Legend: N prompts, R draws.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
@@ -33,12 +34,12 @@ class Estimate:
     """A mean.
 
     Attributes:
-        value: Over pictures, or over categories.
+        value: Over pictures, or over categories; None: a set has none, see ``of_set``.
         low, high: Ends of the interval; None where there is none.
         prompts, pictures: Of how many.
     """
 
-    value: float
+    value: float | None
     low: float | None
     high: float | None
     prompts: int
@@ -73,14 +74,13 @@ def summarise(
 
 
 def of_set(metrics: Mapping[str, float], prompts: int, pictures: int) -> dict[str, dict[str, Any]]:
-    """The same for metrics of a whole set, which have no interval."""
-    return {
-        metric: {
-            "overall": asdict(Estimate(value, None, None, prompts, pictures)),
-            "categories": {},
-        }
-        for metric, value in metrics.items()
-    }
+    """The same for metrics of a whole set, which have no interval; NaN is none."""
+    found = {}
+    for metric, value in metrics.items():
+        known = value if math.isfinite(value) else None
+        overall = Estimate(known, None, None, prompts, pictures)
+        found[metric] = {"overall": asdict(overall), "categories": {}}
+    return found
 
 
 def _by_prompt(scores: PictureScores, metric: str, prompts: int) -> tuple[np.ndarray, np.ndarray]:

@@ -52,7 +52,7 @@ def make_scorers(
     found = []
     for name, location in locations.items():
         try:
-            found.append(make_scorer(name, location, device))
+            found.append(make_scorer(name, {} if location is None else location, device))
         except (ValueError, OSError, ImportError) as error:
             given = name if location is None else f"{name}={location}"
             raise ConfigError(f"{setting} = {given}: {error}") from error
@@ -96,7 +96,7 @@ def try_out(scorers: Sequence[Any], prompts: Sequence[Prompt], size: int, settin
 
 
 def _checked(name: str, found: Sequence[Mapping[str, float]], count: int) -> list[dict[str, float]]:
-    """What a scorer returned, as plain numbers.
+    """What a scorer returned of pictures, as plain numbers.
 
     Raises:
         ScoringError: It is not one finite number a metric, or not of every picture.
@@ -155,7 +155,7 @@ def score_set(
     prompts: Sequence[Prompt],
     mesh: Mesh,
 ) -> dict[str, float]:
-    """Metrics of the whole set, computed on rank 0; all ranks call it.
+    """Metrics of the whole set, computed on rank 0, NaN where there is none; all ranks call it.
 
     Args:
         scorer: A ``SetScorer``.
@@ -171,7 +171,8 @@ def score_set(
         if mesh.rank == 0:
             if len(pictures) < 2:
                 raise ValueError(f"a set has at least two pictures, this one {len(pictures)}")
-            found.update(_checked(scorer.name, [scorer.score_set(pictures, prompts)], 1)[0])
+            metrics = scorer.score_set(pictures, prompts)
+            found.update({metric: float(value) for metric, value in metrics.items()})
 
     problem = _problem_of(work)
     everyone = gather((found, problem), mesh)

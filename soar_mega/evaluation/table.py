@@ -26,7 +26,7 @@ def rows(results: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
 
 def cell(estimate: Mapping[str, Any] | None) -> str:
     """``0.812 [0.790, 0.833]``; ``-`` where there is nothing."""
-    if estimate is None:
+    if estimate is None or estimate["value"] is None:
         return "-"
     shown = _number(estimate["value"])
     if estimate["low"] is None:

@@ -6,6 +6,7 @@ data-parallel ranks share them, and each judges what it drew.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -43,7 +44,8 @@ class Evaluation:
             leaves: Called before each round, by all ranks at once: whether to break off.
 
         Returns:
-            The metrics, the same on every rank; none where it was broken off.
+            The metrics, the same on every rank, NaN where a set has none; empty where it was
+            broken off.
 
         Raises:
             ScoringError: On every rank, if a scorer failed on any.
@@ -55,7 +57,8 @@ class Evaluation:
         for scorer in self._scorers:
             for metric, found in self._score(scorer, pictures, alive).items():
                 name = f"eval/{scorer.name}/{metric}"
-                metrics[name] = found["overall"]["value"]
+                value = found["overall"]["value"]
+                metrics[name] = math.nan if value is None else value
                 for category, estimate in found["categories"].items():
                     metrics[f"{name}/{category}"] = estimate["value"]
         return metrics

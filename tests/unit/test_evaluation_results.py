@@ -115,7 +115,7 @@ PROMPTS = [Prompt('a <b>"red"</b> fox & more', "colour"), Prompt("two cats " * 3
 def results() -> dict[str, Any]:
     scores = scores_of([[1.0], [0.0]], "correct")
     found = summarise(scores, [prompt.category for prompt in PROMPTS])
-    distance = of_set({"fid": 123.456}, 2, 2)
+    distance = of_set({"fid": 123.456, "none": float("nan")}, 2, 2)
     return {
         "prompts": {"file": "prompts.txt"},
         "settings": {"steps": 2},
@@ -124,7 +124,7 @@ def results() -> dict[str, Any]:
             "judge": {"citation": "A & B", "models": {"sft": found, "so&ar": found}},
             "fid": {
                 "citation": "C",
-                "models": {"sft": of_set({"fid": 123.456}, 2, 2), "so&ar": {}},
+                "models": {"sft": distance, "so&ar": {}},
             },
         },
     }
@@ -134,8 +134,9 @@ def test_table() -> None:
     lines = table(results()).splitlines()
     assert lines[0].split() == ["sft", "so&ar"]
     assert lines[1].startswith("judge/correct  0.500 [0.000, 1.000]")
-    assert [line.split()[0] for line in lines[2:]] == ["colour", "count", "fid/fid"]
+    assert [line.split()[0] for line in lines[2:]] == ["colour", "count", "fid/fid", "fid/none"]
     assert lines[4].split() == ["fid/fid", "123.5", "-"]
+    assert lines[5].split() == ["fid/none", "-", "-"]
     assert len({len(line) for line in lines}) == 1
     assert cell(None) == "-"
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from soar_mega.evaluation.scorers.digits import DigitScorer
+from soar_mega.evaluation.handwriting.scorers import HandwritingFrechet, HandwritingScorer
 
 
-def make_scorer(name: str, location: str | None, device: torch.device) -> Any:
+def make_scorer(
+    name: str,
+    locations: str | Path | Mapping[str, str | Path],
+    device: torch.device | str = "cpu",
+) -> Any:
     """The scorer of that name.
 
     Raises:
         ValueError: There is none.
     """
-    if name != "digits":
-        raise ValueError(f"the scorer {name!r} is unknown: use digits")
-    return DigitScorer()
+    kinds = {kind.name: kind for kind in (HandwritingScorer, HandwritingFrechet)}
+    if name not in kinds:
+        raise ValueError(f"no scorer {name!r}: there are {', '.join(kinds)}")
+    return kinds[name]()
