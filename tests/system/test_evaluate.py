@@ -97,7 +97,7 @@ def _enter(place: dict[str, str], folder: Path, out: Path, given: list[str]) -> 
 def evaluated(folder: Path, world_size: int, given: list[str]) -> Path:
     codes, told = run_tool(folder, world_size, given)
     assert codes == [0] * world_size, "\n".join(told)
-    assert not any(told[1:])
+    assert not any(told[1:]), told[1:]
     return folder / given[given.index("--out") + 1]
 
 
@@ -345,7 +345,7 @@ def test_a_scorer_that_fails_while_training(
 
     monkeypatch.setattr(Evaluation, "measure", fail)
     assert command(tiny.arguments("sft", folder / "failing", *hook(folder))) == 0
-    assert "evaluation of step 2: the scorer handwriting failed" in capsys.readouterr().err
+    assert "evaluation of step 2: the scorer handwriting failed" in capsys.readouterr().out
     assert not of_evaluation(metrics(folder / "failing")[-1])
 
 
