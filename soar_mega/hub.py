@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -30,6 +31,23 @@ _TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model
 
 class HubError(ValueError):
     """A model of the hub cannot be had; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What is downloaded of a repository, and when it is whole.
+
+    Attributes:
+        patterns: File names to download, shell-style.
+        missing: What a folder lacks.
+        hint: What to name instead of a commit that lacks something.
+        options: Those of ``hf download`` that leave out the rest.
+    """
+
+    patterns: Sequence[str]
+    missing: Callable[[Path], Iterator[str]]
+    hint: str
+    options: str
 
 
 def parse(source: str | Path) -> tuple[str, str] | None:
@@ -60,6 +78,40 @@ def resolve(source: str | Path, *, setting: str, weights: bool = True) -> Path:
         HubError: A hub model without commit, one that the cache does not hold while offline, or
             what the hub answered.
     """
+    return _resolve(source, setting, _pipeline(weights))
+
+
+def resolve_files(
+    source: str | Path, *, setting: str, needs: Sequence[str], fetch: Sequence[str]
+) -> Path:
+    """The folder of a model of any kind, downloaded if it has to be.
+
+    Args:
+        source: A local folder, or ``owner/name@COMMIT``.
+        setting: Who names it, for messages.
+        needs: Shell-style patterns, each of which must match a file at the top of the repository.
+        fetch: Patterns of what is downloaded.
+
+    Returns:
+        The folder. That a local one exists and is whole is for its reader to find out.
+
+    Raises:
+        HubError: As ``resolve``.
+    """
+
+    def missing(folder: Path) -> Iterator[str]:
+        yield from (pattern for pattern in needs if not any(folder.glob(pattern)))
+
+    wanted = _Wanted(
+        patterns=fetch,
+        missing=missing,
+        hint=f"this commit lacks some of {', '.join(needs)}. Name one that has all of them",
+        options=" ".join(f"--include '{pattern}'" for pattern in fetch),
+    )
+    return _resolve(source, setting, wanted)
+
+
+def _resolve(source: str | Path, setting: str, wanted: _Wanted) -> Path:
     found = parse(source)
     if found is None:
         path = Path(source).expanduser()
@@ -80,7 +132,7 @@ def resolve(source: str | Path, *, setting: str, weights: bool = True) -> Path:
             "commit out, or start from a directory without such a folder"
         )
     try:
-        return cached(source, weights=weights) or _download(name, commit, weights)
+        return _cached(name, commit, wanted) or _download(name, commit, wanted)
     except HubError as error:
         raise HubError(f"{setting} = {name!r} (commit {commit}): {error}") from error
 
@@ -91,15 +143,19 @@ def cached(source: str | Path, *, weights: bool = True) -> Path | None:
     if found is None:
         path = Path(source).expanduser()
         return path if path.is_dir() else None
+    return _cached(*found, _pipeline(weights))
+
+
+def _cached(name: str, commit: str, wanted: _Wanted) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         folder = Path(
             snapshot_download(
-                found[0],
-                revision=found[1],
-                allow_patterns=_patterns(weights),
+                name,
+                revision=commit,
+                allow_patterns=list(wanted.patterns),
                 ignore_patterns=_LEFT_OUT,
                 local_files_only=True,
             )
@@ -107,11 +163,19 @@ def cached(source: str | Path, *, weights: bool = True) -> Path | None:
     except LocalEntryNotFoundError:
         return None
     # Older versions of the library return a half-filled folder, too.
-    return None if list(_missing(folder, weights)) else folder
+    return None if list(wanted.missing(folder)) else folder
 
 
-def _patterns(weights: bool) -> list[str]:
-    return [*_SMALL, *(_WEIGHTS if weights else ())]
+def _pipeline(weights: bool) -> _Wanted:
+    return _Wanted(
+        patterns=[*_SMALL, *(_WEIGHTS if weights else ())],
+        missing=lambda folder: _missing(folder, weights),
+        hint=(
+            "this commit holds no whole diffusers SD3 pipeline. Name one with model_index.json and "
+            "safetensors weights of every part"
+        ),
+        options=f"--exclude '{_LEFT_OUT}'",
+    )
 
 
 def _missing(folder: Path, weights: bool) -> Iterator[str]:
@@ -143,7 +207,7 @@ def _missing_weights(folder: Path) -> Iterator[str]:
                 yield f"{folder.name}/{file}"
 
 
-def _download(name: str, commit: str, weights: bool) -> Path:
+def _download(name: str, commit: str, wanted: _Wanted) -> Path:
     """Of all processes that share a cache one downloads; the others get its files or its error."""
     from filelock import FileLock, Timeout
     from huggingface_hub import constants
@@ -152,7 +216,7 @@ def _download(name: str, commit: str, weights: bool) -> Path:
     if constants.HF_HUB_OFFLINE:
         raise HubError(
             f"it is not in the cache {cache}, and HF_HUB_OFFLINE is set. On a machine with network "
-            f"and the same cache run first\n{_command(name, commit)}"
+            f"and the same cache run first\n{_command(name, commit, wanted)}"
         )
     locks = cache / ".locks" / f"models--{name.replace('/', '--')}"
     failure = locks / f"soar_mega-{commit}.failed"
@@ -165,14 +229,14 @@ def _download(name: str, commit: str, weights: bool) -> Path:
             waited = True
             lock.acquire()
         try:
-            folder = cached(f"{name}@{commit}", weights=weights)
+            folder = _cached(name, commit, wanted)
             if folder is not None:
                 return folder
             if waited and failure.is_file():  # asking again would make a busy hub busier
                 raise HubError(failure.read_text())
             failure.unlink(missing_ok=True)
             try:
-                return _fetch(name, commit, weights, cache)
+                return _fetch(name, commit, wanted, cache)
             except HubError as error:
                 failure.write_text(str(error))
                 raise
@@ -182,7 +246,7 @@ def _download(name: str, commit: str, weights: bool) -> Path:
         raise HubError(f"the cache {cache} cannot be used: {error}. HF_HOME moves it") from error
 
 
-def _fetch(name: str, commit: str, weights: bool, cache: Path) -> Path:
+def _fetch(name: str, commit: str, wanted: _Wanted, cache: Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import disable_progress_bars
 
@@ -191,24 +255,24 @@ def _fetch(name: str, commit: str, weights: bool, cache: Path) -> Path:
         disable_progress_bars()
     try:
         snapshot_download(
-            name, revision=commit, allow_patterns=_patterns(weights), ignore_patterns=_LEFT_OUT
+            name,
+            revision=commit,
+            allow_patterns=list(wanted.patterns),
+            ignore_patterns=_LEFT_OUT,
         )
     except Exception as error:  # of the library, of the HTTP library below it, of the disk
-        raise HubError(_explain(error, name, commit)) from error
-    folder = cached(f"{name}@{commit}", weights=weights)
+        raise HubError(_explain(error, name, commit, wanted)) from error
+    folder = _cached(name, commit, wanted)
     if folder is None:
-        raise HubError(
-            "this commit holds no whole diffusers SD3 pipeline. Name one with model_index.json and "
-            "safetensors weights of every part"
-        )
+        raise HubError(wanted.hint)
     return folder
 
 
-def _command(name: str, commit: str) -> str:
-    return f"  hf download {name} --revision {commit} --exclude '{_LEFT_OUT}'"
+def _command(name: str, commit: str, wanted: _Wanted) -> str:
+    return f"  hf download {name} --revision {commit} {wanted.options}"
 
 
-def _explain(error: Exception, name: str, commit: str) -> str:
+def _explain(error: Exception, name: str, commit: str, wanted: _Wanted) -> str:
     """What the hub's or the network's answer means for a person."""
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -239,7 +303,7 @@ def _explain(error: Exception, name: str, commit: str) -> str:
             "the hub answers 429, too many requests from this address or account. Wait some "
             f"minutes and start again, with a token ({log_in}) if there was none; with many "
             "machines let HF_HOME be on storage they share, or download once with\n"
-            f"{_command(name, commit)}\nand start with HF_HUB_OFFLINE=1"
+            f"{_command(name, commit, wanted)}\nand start with HF_HUB_OFFLINE=1"
         )
     first = next((c for c in causes if isinstance(c, OSError) and c.errno is not None), None)
     if first is not None and first.filename is not None:
@@ -248,7 +312,7 @@ def _explain(error: Exception, name: str, commit: str) -> str:
         f"the download failed ({_plain(causes[-1])}). What was downloaded stays in the cache: "
         "start again when the network is back, or on a machine with network and the same cache "
         "run\n"
-        f"{_command(name, commit)}"
+        f"{_command(name, commit, wanted)}"
     )
 
 

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 _EPILOG = """\
 examples:
-  tools/evaluate.py runs/soar --prompts prompts.txt --scorers clip --out eval/soar
+  tools/evaluate.py runs/soar --prompts prompts.txt --scorers clipscore=weights --out eval/soar
   torchrun --nproc-per-node 8 tools/evaluate.py sft=runs/sft soar=runs/soar \\
       base=stabilityai/stable-diffusion-3.5-medium@COMMIT --prompts geneval.jsonl \\
-      --format geneval --repeats 4 --scorers geneval clip=models/clip --out eval/geneval
+      --format geneval --repeats 4 --scorers geneval=weights --out eval/geneval
   srun tools/evaluate.py runs/large --tensor-parallel 2 --prompts ocr.jsonl --format ocr \\
-      --scorers ocr --out eval/ocr
+      --scorers ocr=weights --out eval/ocr
 
 OUT gets pictures/LABEL/PROMPT_REPEAT.png, results.json, scores.jsonl (of each picture), report.html
 and report.png, and run.json (time, processes). Pictures that are there are kept: the same command
@@ -55,7 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--format",
         default="lines",
-        help="of that file: geneval, ocr, drawbench, pickscore or lines (default: %(default)s)",
+        help="of that file: geneval, ocr, drawbench, pickscore, handwriting or lines "
+        "(default: %(default)s)",
     )
     add("--limit", type=int, metavar="N", help="take the first N prompts only")
     add("--repeats", type=int, default=1, metavar="N", help="pictures of each prompt (default: 1)")

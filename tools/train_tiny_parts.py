@@ -2,8 +2,9 @@
 """Trains the frozen parts of the tiny pipeline and writes their weights (fp16 safetensors).
 
 ``vae`` trains the AutoencoderKL on digit pictures (about 8 minutes of one core), ``text`` the three
-text encoders on captions (about 1 minute). The results are shipped under assets/, so this is needed
-only when the pictures, the captions or the sizes of these parts change.
+text encoders on captions (about 1 minute); ``page-vae`` and ``page-text`` those of the benchmark
+``handwriting``. The results are shipped under assets/, so this is needed only when pictures, the
+captions or the sizes of these parts change.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from soar_mega.data.tiny import digits
+from soar_mega.data.tiny import digits, handwriting, page_text, pages
 from soar_mega.data.tiny import text as tiny_text
 from soar_mega.data.tiny import vae as tiny_vae
 
@@ -39,6 +40,26 @@ def _train_vae(arguments: argparse.Namespace) -> None:
     print(f"PSNR on held-out pictures: {tiny_vae.psnr(pictures, again):.1f} dB")
 
 
+def _train_page_vae(arguments: argparse.Namespace) -> None:
+    vae = handwriting.train_vae(
+        seed=arguments.seed,
+        steps=arguments.steps,
+        batch_size=arguments.batch_size,
+        learning_rate=arguments.learning_rate,
+        report=_report,
+    )
+    tiny_vae.save_vae(vae, arguments.out)
+    vae = tiny_vae.load_vae(arguments.out)
+    some = pages.make_pages(256, arguments.seed, held_out=True)
+    pictures = pages.draw_pages(some, digits.load_scans("held_out"), arguments.seed)
+    again = tiny_vae.decode(vae, tiny_vae.encode(vae, pictures))
+    print(f"PSNR on held-out pages: {tiny_vae.psnr(pictures, again):.1f} dB")
+
+
+def _train_page_text(arguments: argparse.Namespace) -> None:
+    tiny_text.save_encoders(page_text.train_text_parts(arguments.seed), arguments.out)
+
+
 def _train_text(arguments: argparse.Namespace) -> None:
     parts = tiny_text.train_text_parts(tiny_text.TextSizes(), arguments.seed)
     tiny_text.save_encoders(parts, arguments.out)
@@ -50,18 +71,24 @@ def main() -> None:
     )
     commands = parser.add_subparsers(dest="part", required=True)
     with_defaults = argparse.ArgumentDefaultsHelpFormatter
-    vae = commands.add_parser("vae", help="the AutoencoderKL", formatter_class=with_defaults)
-    vae.add_argument("--out", type=Path, default=tiny_vae.SHIPPED_WEIGHTS, help="file to write")
-    vae.add_argument("--steps", type=int, default=2400, help="optimiser steps")
-    vae.add_argument("--batch-size", type=int, default=12, help="whole pictures in a step")
-    vae.add_argument("--learning-rate", type=float, default=3e-3, help="peak learning rate")
-    vae.set_defaults(function=_train_vae)
-    text = commands.add_parser(
-        "text", help="the three text encoders", formatter_class=with_defaults
-    )
-    text.add_argument("--out", type=Path, default=tiny_text.SHIPPED_WEIGHTS, help="file to write")
-    text.set_defaults(function=_train_text)
-    for command in (vae, text):
+    for name, size, steps, peak, out, train in (
+        ("vae", 12, 2400, 3e-3, tiny_vae.SHIPPED_WEIGHTS, _train_vae),
+        ("page-vae", 16, 2000, 2e-3, handwriting.SHIPPED_VAE, _train_page_vae),
+    ):
+        vae = commands.add_parser(name, help="an AutoencoderKL", formatter_class=with_defaults)
+        vae.add_argument("--out", type=Path, default=out, help="file to write")
+        vae.add_argument("--steps", type=int, default=steps, help="optimiser steps")
+        vae.add_argument("--batch-size", type=int, default=size, help="whole pictures in a step")
+        vae.add_argument("--learning-rate", type=float, default=peak, help="peak learning rate")
+        vae.set_defaults(function=train)
+    for name, out, train in (
+        ("text", tiny_text.SHIPPED_WEIGHTS, _train_text),
+        ("page-text", page_text.SHIPPED_WEIGHTS, _train_page_text),
+    ):
+        text = commands.add_parser(name, help="three text encoders", formatter_class=with_defaults)
+        text.add_argument("--out", type=Path, default=out, help="file to write")
+        text.set_defaults(function=train)
+    for command in commands.choices.values():
         command.add_argument("--seed", type=int, default=0, help="of weights, data and noise")
         command.add_argument("--threads", type=int, default=1, help="CPU threads")
     arguments = parser.parse_args()

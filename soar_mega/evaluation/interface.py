@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from PIL import Image
 
@@ -31,10 +31,13 @@ class Scorer(Protocol):
     Attributes:
         name: As on the command line and before the slash of its metrics (``geneval``).
         citation: Who defined the score: paper and weights.
+        overall: What the one number of a set is a mean of: its ``pictures``, or the means of its
+            ``categories``, whatever their sizes (GenEval).
     """
 
     name: str
     citation: str
+    overall: Literal["pictures", "categories"]
 
     def score(
         self, pictures: Sequence[Image.Image], prompts: Sequence[Prompt]

@@ -39,19 +39,21 @@ class Layout:
     tensor: int = 1
     sequence: bool = False
     micro: int = 2
+    overrides: tuple[str, ...] = ()
 
     @property
     def case(self) -> Case:
         overrides = (
             f"parallel.pipeline_model_parallel_size={self.pipeline}",
             f"parallel.pipeline_schedule={self.schedule}",
+            *self.overrides,
         )
         return Case(self.objective, self.tensor, self.sequence, self.micro, overrides)
 
     @property
     def alone(self) -> Case:
         """The same on one process."""
-        return Case(self.objective, micro=self.micro)
+        return Case(self.objective, micro=self.micro, overrides=self.overrides)
 
 
 def train_layouts(tiny: Tiny, folder: Path, layouts: list[Layout]) -> list[Result]:
@@ -84,6 +86,9 @@ SOME: dict[int, list[Layout]] = {
     2: [
         *(Layout("soar", schedule, 2) for schedule in SCHEDULES),
         Layout("pretrain", "zero_bubble_v", 2, micro=8),
+        # Aux passes that wait for nothing: several passes with gradient and no hand-over.
+        Layout("soar", "zero_bubble", 2, overrides=("objective.aux_states=ideal",)),
+        Layout("soar", "interleaved_1f1b", 2, overrides=("objective.aux_states=independent",)),
     ],
     4: [
         Layout("soar", "zero_bubble_v", 4),

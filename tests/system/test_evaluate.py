@@ -48,7 +48,7 @@ def arguments(out: str | Path, *more: str, models: Sequence[str] = ("run", "expo
     return [
         *models,
         *("--prompts", "prompts.txt", "--out", str(out), "--steps", str(STEPS)),
-        *("--batch", str(BATCH), "--repeats", "2", *more),
+        *("--format", "handwriting", "--batch", str(BATCH), "--repeats", "2", *more),
     ]
 
 
@@ -137,8 +137,14 @@ def test_one_process(alone: Path, folder: Path) -> None:
     for line in lines:
         assert (alone / line["file"]).is_file()
         assert set(line["scores"]["handwriting"]) == set(found["models"]["run"])
-    mean = np.mean([x["scores"]["handwriting"]["correct"] for x in lines if x["model"] == "run"])
-    assert found["models"]["run"]["correct"]["overall"]["value"] == pytest.approx(mean)
+    own: dict[str, list[float]] = {}
+    for line in lines:
+        if line["model"] == "run":
+            own.setdefault(line["category"], []).append(line["scores"]["handwriting"]["paper"])
+    expected = {kind: float(np.mean(values)) for kind, values in own.items()}
+    paper = found["models"]["run"]["paper"]
+    assert {k: v["value"] for k, v in paper["categories"].items()} == pytest.approx(expected)
+    assert paper["overall"]["value"] == pytest.approx(np.mean(list(expected.values())))
     text = (folder / "prompts.txt").read_text().splitlines()
     assert [line["text"] for line in lines[: 2 * PROMPTS : 2]] == text
 
@@ -278,6 +284,7 @@ def hook(folder: Path, *more: str) -> list[str]:
         f"train.max_train_steps={STEPS}",
         "validation.evaluate_steps=1",
         f"validation.evaluate_prompts={folder / 'prompts.txt'}",
+        "validation.evaluate_format=handwriting",
         f"validation.evaluate_scorers=[{', '.join(SCORERS)}]",
         f"validation.num_inference_steps={STEPS}",
         *more,
@@ -301,11 +308,12 @@ def test_training_reports_what_the_tool_says(folder: Path, tiny: Tiny, hooked: P
     tail = ("--repeats", "1", "--batch", str(size))
     out = evaluated(folder, 1, scored("tool", *tail, models=["hooked"]))
     found = json.loads((out / "results.json").read_text())["scorers"]
-    expected = {
-        f"eval/{name}/{metric}": estimates["overall"]["value"]
-        for name in SCORERS
-        for metric, estimates in found[name]["models"]["hooked"].items()
-    }
+    expected = {}
+    for name in SCORERS:
+        for metric, estimates in found[name]["models"]["hooked"].items():
+            expected[f"eval/{name}/{metric}"] = estimates["overall"]["value"]
+            for kind, estimate in estimates["categories"].items():
+                expected[f"eval/{name}/{metric}/{kind}"] = estimate["value"]
     first, last = metrics(hooked)
     assert of_evaluation(last) == expected and of_evaluation(first).keys() == expected.keys()
 

@@ -36,6 +36,7 @@ def settings(**changes: Any) -> Any:
         "cond_dropout_rate": 0.3,
         "min_aux_sigma": 0.00299,
         "lambda_aux": 0.7,
+        "aux_states": "rollout",
         "num_rollout_paths": 1,
         "trajectory_length": 2,
         "num_sampling_steps": 40,
@@ -210,13 +211,20 @@ def reference_step(
                     upper = max(min(config.sigma_upper_ratio * sigma0, 1.0), lower)
                 sigma_k = lower + number(Purpose.AUX_SIGMA, path=m, index=k) * (upper - lower)
                 a = 0.0 if sigma1 == 1 else (sigma_k - sigma1) / (1 - sigma1)
+                if config.aux_states == "ideal":
+                    z_r = (1 - sigma1) * z0 + sigma1 * z1
                 z_k = (1 - a) * z_r + a * z1
+                if config.aux_states == "independent":
+                    draw = m * config.trajectory_length + k + 1
+                    sigma_k = _sigma(config, _density(config, seed, step, slot, draw), shift)
+                    z_k = (1 - sigma_k) * z0 + sigma_k * field_(Purpose.NOISE, index=draw)
                 # 5. Correction
                 v_corr = (z_k - z0) / sigma_k
                 error = velocity(z_k, sigma_k, text, pooled) - v_corr
                 loss = _weight(config, sigma_k) * (error**2).mean()
                 timesteps.append(1000 * sigma_k)
-                if not sample.real or (m > 0 and t_1 == 0):
+                dead = m > 0 and t_1 == 0 and config.aux_states == "rollout"
+                if not sample.real or dead:
                     loss = torch.zeros((), dtype=torch.float64)
                 else:
                     aux_terms += 1
@@ -241,11 +249,11 @@ def _table(losses: list[list[Tensor]]) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64).view(len(rows), len(rows[0]) if rows else 0).mT
 
 
-def _density(config: Any, seed: int, step: int, slot: Tensor) -> float:
+def _density(config: Any, seed: int, step: int, slot: Tensor, draw: int = 0) -> float:
     if config.weighting_scheme == "logit_normal":
-        n = float(rng.normal(seed, Purpose.TIMESTEP, step, slot, 1))
+        n = float(rng.normal(seed, Purpose.TIMESTEP, step, slot, 1, index=draw))
         return 1 / (1 + math.exp(-(config.logit_mean + config.logit_std * n)))
-    u = float(rng.uniform(seed, Purpose.TIMESTEP, step, slot, 1))
+    u = float(rng.uniform(seed, Purpose.TIMESTEP, step, slot, 1, index=draw))
     if config.weighting_scheme == "mode":
         return 1 - u - config.mode_scale * (math.cos(math.pi / 2 * u) ** 2 - 1 + u)
     return u

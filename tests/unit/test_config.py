@@ -106,6 +106,7 @@ def test_defaults_are_those_of_the_method(minimal: Path) -> None:
         "cond_dropout_rate": 0.1,
         "min_aux_sigma": 0.00299,
         "lambda_aux": 1.0,
+        "aux_states": "rollout",
         "num_rollout_paths": 1,
         "trajectory_length": 6,
         "num_sampling_steps": 40,

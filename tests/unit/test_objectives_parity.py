@@ -18,6 +18,7 @@ from soar_mega.objectives.settings import ROLLOUT_TYPES, SIGMA_GRIDS, WEIGHTING_
 from tests.unit.soar_reference import (
     SEED,
     SHIFT,
+    STEP,
     Reference,
     SmallModel,
     make_micro,
@@ -33,7 +34,11 @@ Times = Callable[[int], float] | None
 
 
 def run_step(
-    config: Any, sizes: tuple[int, ...], dtype: torch.dtype = torch.float64, t0: Times = None
+    config: Any,
+    sizes: tuple[int, ...],
+    dtype: torch.dtype = torch.float64,
+    t0: Times = None,
+    step: int = STEP,
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor]:
     """Loss, gradients, base terms, auxiliary terms and counts of a step cut into ``sizes``."""
     objective: Any = make_objective(config, shift=SHIFT, seed=SEED, dtype=dtype)
@@ -44,7 +49,7 @@ def run_step(
     model = SmallModel().to(dtype)
     ends = list(itertools.accumulate(sizes))
     micros = [
-        make_micro(SAMPLES[end - size : end], EMPTY, dtype)
+        make_micro(SAMPLES[end - size : end], EMPTY, dtype, step)
         for size, end in zip(sizes, ends, strict=True)
     ]
     counts = torch.stack([objective.count(micro) for micro in micros]).sum(0)
@@ -134,6 +139,38 @@ def test_every_split_and_group_size(paths: int, reuse: bool) -> None:
     for group in (1, 2 * paths):
         config.aux_group_size = group
         assert_same(config, (1, 4), torch.float32, against=against)
+
+
+@pytest.mark.parametrize("grid", SIGMA_GRIDS)
+@pytest.mark.parametrize("scheme", WEIGHTING_SCHEMES)
+@pytest.mark.parametrize("states", ["ideal", "independent"])
+def test_controls_without_a_rollout(states: str, scheme: str, grid: str) -> None:
+    """As many states and terms as SOAR's, and no pass that is not one of them."""
+    config = settings(
+        aux_states=states, weighting_scheme=scheme, sigma_grid=grid, num_rollout_paths=2
+    )
+    against = reference_of(config)
+    objective = make_objective(config, shift=SHIFT, seed=SEED)
+    assert [p.name for p in objective.passes()] == ["base", "aux0", "aux1", "aux2", "aux3"]
+    assert not any(p.after for p in objective.passes())
+    for group, sizes in ((1, (5,)), (3, (2, 3)), (4, (1, 4))):
+        config.aux_group_size = group
+        assert_same(config, sizes, against=against)
+        assert_same(config, sizes, torch.float32, against=against)
+
+
+def test_independent_states_are_more_draws_of_sft() -> None:
+    """With weight 1 the loss is the mean over 1 + N draws, each as likely as the base's."""
+    sizes, tries = (BATCH,), 400
+    config = settings(aux_states="independent", lambda_aux=1.0, trajectory_length=1)
+    losses = torch.zeros(2, tries, dtype=torch.float64)
+    for trial in range(tries):
+        _, _, base, aux, _ = run_step(config, sizes, step=trial)
+        losses[:, trial] = torch.stack([base.mean(), aux.mean()])
+    first, second = losses
+    error = ((first.var() + second.var()) / tries).sqrt()
+    assert abs(first.mean() - second.mean()) < 3 * error
+    assert abs(torch.corrcoef(losses)[0, 1]) < 0.9  # not the same draws
 
 
 @hypothesis_settings(max_examples=30, deadline=None, derandomize=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,29 @@ from soar_mega.data.tiny.pipeline import (
 SHIPPED_VAE = Path(__file__).resolve().parents[3] / "assets" / "handwriting_vae.safetensors"
 _CALIBRATION_PICTURES = 256
 SIZES = TinySizes(num_layers=8, dual_attention_layers=(), text=page_text.SIZES)
+
+
+def train_vae(
+    *,
+    seed: int,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    report: Callable[[int, float, float], None],
+) -> Any:
+    """The VAE of single-ink pictures, trained on: pages of several inks, half of them raw.
+
+    Without this it gives all digits of a page one ink.
+    """
+    scans = digits.load_scans("generator")
+
+    def pictures(step: int) -> np.ndarray:
+        some = pages.make_pages(batch_size, [seed, step], held_out=False)
+        half = batch_size // 2
+        raw = pages.draw_pages(some[half:], scans, step, raw=True)
+        return np.concatenate([pages.draw_pages(some[:half], scans, step), raw])
+
+    return tiny_vae.descend(tiny_vae.load_vae(), pictures, seed, steps, learning_rate, report)
 
 
 def make_pipeline(seed: int) -> Any:
@@ -51,7 +74,7 @@ def make_handwriting(
 
     ``out/sd35`` is the pipeline, its transformer untrained; ``out/shards/raw-*.tar`` are for
     pretraining, ``curated-*.tar`` for SFT and SOAR. ``heldout-*.tar`` hold combinations neither
-    has, in scans that neither the training pages nor the digit reader saw; ``out/prompts.jsonl``
+    has, in scans that neither the training pages nor the digit reader saw; ``out/prompts.txt``
     are the captions of the latter.
 
     Args:
@@ -79,5 +102,5 @@ def make_handwriting(
         pictures = pages.draw_pages(some, scans, 3 * seed + place, raw=name == "raw")
         write_shards(out / "shards", name, some, np.asarray(pictures))
         if name == "heldout":
-            lines = [json.dumps({"prompt": page.caption, "tag": page.kind}) for page in some]
-            (out / "prompts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            lines = [page.caption + "\n" for page in some]
+            (out / "prompts.txt").write_text("".join(lines), encoding="utf-8")

@@ -172,10 +172,32 @@ def train_vae(
         report: Called every 100 steps with the step, the loss and the seconds since the start.
     """
     torch.manual_seed(seed)
-    noise = torch.Generator().manual_seed(seed)
     rng = np.random.default_rng([seed, 2])
-    vae = make_vae().train()
     scans = digits.load_scans("generator")
+
+    def pictures(step: int) -> np.ndarray:
+        crops = step < 2 * steps // 3
+        scenes = digits.training_scenes(batch_size * (4 if crops else 1), seed=step)
+        drawn = [digits.draw_array(scene, scans, rng) for scene in scenes]
+        if crops:
+            pairs = zip(drawn, scenes, strict=True)
+            drawn = [_crop_with_ink(picture, scene, rng) for picture, scene in pairs]
+        return np.stack(drawn)
+
+    return descend(make_vae(), pictures, seed, steps, learning_rate, report)
+
+
+def descend(
+    vae: Any,
+    pictures: Callable[[int], np.ndarray],
+    seed: int,
+    steps: int,
+    learning_rate: float,
+    report: Callable[[int, float, float], None],
+) -> Any:
+    """Train a VAE on ``pictures(step)``, (B, H, W, 3) uint8, and fix its posterior's scale."""
+    noise = torch.Generator().manual_seed(seed)
+    vae = vae.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, betas=(0.9, 0.99))
     start = time.perf_counter()
     for step in range(steps):
@@ -183,15 +205,7 @@ def train_vae(
         optimizer.param_groups[0]["lr"] = (
             learning_rate * warm * 0.5 * (1.0 + math.cos(math.pi * step / steps))
         )
-        crops = step < 2 * steps // 3
-        scenes = digits.training_scenes(batch_size * (4 if crops else 1), seed=step)
-        pictures = [digits.draw_array(scene, scans, rng) for scene in scenes]
-        if crops:
-            pictures = [
-                _crop_with_ink(picture, scene, rng)
-                for picture, scene in zip(pictures, scenes, strict=True)
-            ]
-        loss = _loss(vae, to_tensor(np.stack(pictures)), noise)
+        loss = _loss(vae, to_tensor(pictures(step)), noise)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)

@@ -1,10 +1,13 @@
-"""The scorers of the benchmark ``handwriting``; scikit-learn alone is needed (the extra ``eval``)."""
+"""Scorers of the benchmark ``handwriting``; they need scikit-learn alone (the extra ``eval``)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, Self
 
 import numpy as np
+import torch
 from PIL import Image
 
 from soar_mega.data.tiny import digits
@@ -13,6 +16,7 @@ from soar_mega.evaluation.handwriting.frechet import feature_spaces, frechet_dis
 from soar_mega.evaluation.handwriting.reader import read_pages
 from soar_mega.evaluation.handwriting.verify import verify
 from soar_mega.evaluation.interface import Prompt
+from soar_mega.evaluation.scorers.weights import Weights
 
 _REFERENCE_SEED = 0
 _REFERENCE_DRAWINGS = 4  # pages of each caption on the real side
@@ -23,7 +27,13 @@ class HandwritingScorer:
 
     name = "handwriting"
     citation = "soar_mega.evaluation.handwriting.verify; scans: scikit-learn's digits (UCI, 1998)"
-    overall_is_mean_of_categories = True
+    overall: Literal["pictures", "categories"] = "categories"
+    needs: tuple[Weights, ...] = ()
+
+    @classmethod
+    def load(cls, _weights: Mapping[str, Path], _device: torch.device | str) -> Self:
+        """Nothing to load: the digit reader is trained on scikit-learn's scans in a second."""
+        return cls()
 
     def score(
         self, pictures: Sequence[Image.Image], prompts: Sequence[Prompt]
@@ -42,6 +52,12 @@ class HandwritingFrechet:
 
     name = "handwriting_frechet"
     citation = "Heusel et al. 2017, arXiv 1706.08500, on features of single digits"
+    needs: tuple[Weights, ...] = ()
+
+    @classmethod
+    def load(cls, _weights: Mapping[str, Path], _device: torch.device | str) -> Self:
+        """Nothing to load."""
+        return cls()
 
     def score_set(
         self, pictures: Sequence[Image.Image], prompts: Sequence[Prompt]

@@ -1,1 +1,1 @@
-"""Scorers of pictures."""
+"""Published scores of pictures, one file each; ``make.py`` makes them by name."""

@@ -1,0 +1,1 @@
+"""SOAR against SFT on the benchmark ``handwriting``: runs, scores, tables and plots."""

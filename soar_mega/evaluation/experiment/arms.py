@@ -1,0 +1,102 @@
+"""What is compared: the arms of the experiment, how they are sampled, and what counts.
+
+Every arm continues from the same base on the same curated pages, with one seed per repetition: of
+the order of pages, the noise and the timesteps. Arms with the same seed see the same pages in the
+same order with the same base noise, so differences are taken seed by seed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+NUM_SAMPLING_STEPS = 10  # K, of the rollout and of the sampler that is judged
+GUIDANCE = 3.0  # of both
+STEPS = 200  # of every arm at equal steps
+SEEDS = 5
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to continue from the base.
+
+    Attributes:
+        name: Folder and column.
+        title: In tables and plots.
+        config: File in ``configs/``.
+        forwards: Forward passes a sample costs, a backward counting two.
+        overrides: ``section.key=value``.
+        steps: Training steps.
+    """
+
+    name: str
+    title: str
+    config: str
+    forwards: int
+    overrides: tuple[str, ...] = ()
+    steps: int = STEPS
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """One way to draw: sampler steps and guidance."""
+
+    name: str
+    steps: int
+    guidance: float
+
+
+SAMPLINGS = (
+    Sampling("guided", NUM_SAMPLING_STEPS, GUIDANCE),
+    Sampling("unguided", NUM_SAMPLING_STEPS, 1.0),
+    Sampling("few_steps", 4, GUIDANCE),
+    Sampling("many_steps", 30, GUIDANCE),
+)
+# Decided before the comparison was run: the benchmark's overall score, drawn as the rollout is.
+PRIMARY = ("guided", "handwriting/correct")
+
+SFT = Arm("sft", "SFT", "handwriting_sft.yaml", 3)
+SOAR = Arm("soar", "SOAR", "handwriting_soar.yaml", 22)
+INDEPENDENT = Arm(
+    "independent",
+    "SFT, 7 draws",
+    "handwriting_soar.yaml",
+    21,
+    ("objective.aux_states=independent",),
+)
+IDEAL = Arm(
+    "ideal", "SOAR, ideal states", "handwriting_soar.yaml", 21, ("objective.aux_states=ideal",)
+)
+EQUAL_COMPUTE = Arm(
+    "sft_compute",
+    "SFT, SOAR's compute",
+    "handwriting_sft.yaml",
+    3,
+    steps=round(STEPS * SOAR.forwards / SFT.forwards),
+)
+MAIN = (SFT, SOAR, INDEPENDENT, IDEAL, EQUAL_COMPUTE)
+
+
+def _soar(name: str, title: str, forwards: int, *overrides: str) -> Arm:
+    return Arm(name, title, SOAR.config, forwards, tuple(f"objective.{o}" for o in overrides))
+
+
+ABLATIONS = (
+    _soar("lambda_03", "lambda 0.3", 22, "lambda_aux=0.3"),
+    _soar("lambda_3", "lambda 3", 22, "lambda_aux=3.0"),
+    _soar("n_1", "N = 1", 7, "trajectory_length=1", "aux_group_size=1"),
+    _soar("n_3", "N = 3", 13, "trajectory_length=3", "aux_group_size=3"),
+    _soar("k_4", "K = 4", 22, "num_sampling_steps=4"),
+    _soar("k_40", "K = 40", 22, "num_sampling_steps=40"),
+    _soar("guidance_1", "rollout unguided", 21, "cfg_scale_sampling=1.0"),
+    _soar("guidance_6", "rollout guidance 6", 22, "cfg_scale_sampling=6.0"),
+    _soar("paths_2_sde", "2 paths, sde", 22, "num_rollout_paths=2", "trajectory_length=3"),
+    _soar(
+        "paths_2_cps",
+        "2 paths, cps",
+        22,
+        "num_rollout_paths=2",
+        "trajectory_length=3",
+        "sde_rollout_type=cps",
+    ),
+    _soar("no_reuse", "base forward not reused", 23, "reuse_base_forward=false"),
+)

@@ -1,0 +1,59 @@
+"""Writes what an experiment found: tables, plots, and the numbers behind them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from soar_mega.evaluation.experiment import plots, summary
+from soar_mega.evaluation.experiment.arms import PRIMARY, SAMPLINGS, SOAR, Arm
+
+
+def write_report(
+    out: Path, found: Mapping[str, Any], arms: Sequence[Arm], seeds: Sequence[int]
+) -> str:
+    """``tables.md``, ``summary.json``, ``scores.png`` and ``differences.png`` in ``out``.
+
+    Args:
+        out: Folder to write into.
+        found: By sampling's name, the content of its ``results.json``.
+        arms: SOAR among them.
+        seeds: Of every arm.
+
+    Returns:
+        The tables.
+    """
+    results = summary.Results(found, seeds)
+    others = [arm for arm in arms if arm is not SOAR]
+    text = "\n\n".join(
+        [
+            summary.headline(results, SOAR, others),
+            summary.by_sampling(results, arms),
+            summary.by_kind(results, arms),
+            summary.differences(results, SOAR, others),
+        ]
+    )
+    (out / "tables.md").write_text(text + "\n", encoding="utf-8")
+    content = {
+        "primary": PRIMARY,
+        "seeds": list(seeds),
+        "steps": {arm.name: arm.steps for arm in arms},
+        "forwards_per_sample": {arm.name: arm.forwards for arm in arms},
+        "base": {
+            s.name: {m: results.value(s.name, summary.BASE, m) for m in summary.METRICS}
+            for s in SAMPLINGS
+        },
+        "by_seed": {
+            arm.name: {
+                s.name: {m: results.values(s.name, arm, m) for m in summary.METRICS}
+                for s in SAMPLINGS
+            }
+            for arm in arms
+        },
+    }
+    (out / "summary.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    plots.plot_scores(results, arms, out / "scores.png")
+    plots.plot_differences(results, SOAR, others, out / "differences.png")
+    return text

@@ -1,0 +1,173 @@
+"""Runs the experiment: data, base, every arm with every seed, pictures and scores of them all.
+
+Every step is a command a user could type, in a process of its own, and leaves a folder; what is
+there is not done again, so a stopped experiment goes on where it was. One process and one thread a
+run, ``jobs`` runs at a time: on a small machine that is faster than runs that share a step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from soar_mega.evaluation.experiment.arms import SAMPLINGS, Arm, Sampling
+
+_SETS = ("raw", "curated", "heldout")
+_SCORERS = ("handwriting", "handwriting_frechet")
+BASE = "base"
+
+
+class ExperimentError(RuntimeError):
+    """A step of the experiment failed; the message names its log."""
+
+
+class Experiment:
+    """One folder of runs and results.
+
+    Args:
+        root: The checkout with ``configs/`` and ``tools/``.
+        out: Folder of the experiment.
+        seeds: Repetitions of every arm, seeds 1, 2, ...
+        jobs: Runs at a time.
+        pictures: Held-out prompts that are drawn and read.
+        pages: Raw pages of the base's training; a sixth as many are curated.
+        overrides: ``section.key=value`` for every training run, the base's too.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        out: Path,
+        *,
+        seeds: int,
+        jobs: int = 2,
+        pictures: int = 512,
+        pages: int = 24576,
+        overrides: Sequence[str] = (),
+    ) -> None:
+        self.root, self.out = root, out
+        self.seeds, self.jobs, self.pictures = range(1, seeds + 1), jobs, pictures
+        self.pages, self.overrides = pages, tuple(overrides)
+        self._began = time.monotonic()
+
+    def run(self, arms: Sequence[Arm]) -> dict[str, Any]:
+        """Everything that is not there yet; returns each sampling's ``results.json``.
+
+        Raises:
+            ExperimentError: A step failed.
+        """
+        self.make_data()
+        self.pretrain()
+        self.train(arms)
+        return {sampling.name: self.judge(arms, sampling) for sampling in SAMPLINGS}
+
+    def make_data(self) -> None:
+        """Pages, the pipeline folder, and both encoded."""
+        data = self.out / "data"
+        if not (data / "prompts.txt").is_file():
+            self._tool(
+                "make pages",
+                "tools/make_handwriting.py",
+                *("--out", data, "--raw-pages", self.pages),
+                *("--curated-pages", self.pages // 6, "--held-out-pages", self.pictures),
+            )
+        for name in _SETS:
+            encoded = self.out / "encoded" / name
+            if not (encoded / "encoded.json").is_file():
+                self._tool(
+                    f"encode {name} pages",
+                    "tools/encode_data.py",
+                    data / "shards" / f"{name}-*.tar",
+                    *("--pretrained", data / "sd35", "--out", encoded),
+                    *("--resolution", 64, "--max-sequence-length", 14),
+                    processes=self.jobs,
+                )
+
+    def pretrain(self) -> None:
+        """The base: one run shared by all processes."""
+        extra = [f"data.shards={self.out / 'encoded' / 'raw'}/*.tar"]
+        self._train(BASE, "handwriting_pretrain.yaml", extra, processes=self.jobs)
+
+    def train(self, arms: Sequence[Arm]) -> None:
+        """Every arm with every seed, ``jobs`` at a time; seed by seed: a part of it compares."""
+        with ThreadPoolExecutor(self.jobs) as pool:
+            runs = [pool.submit(self._arm, arm, seed) for seed in self.seeds for arm in arms]
+            for run in runs:
+                run.result()
+
+    def judge(self, arms: Sequence[Arm], sampling: Sampling) -> dict[str, Any]:
+        """Draw the held-out prompts with every model and score them: its ``results.json``."""
+        out = self.out / "pictures" / sampling.name
+        models = [f"{label}={self.out / 'runs' / label}" for label in self.labels(arms)]
+        self._tool(
+            f"draw and read, {sampling.name}",
+            "tools/evaluate.py",
+            *models,
+            "--prompts",
+            self.out / "data" / "prompts.txt",
+            *("--format", "handwriting", "--limit", self.pictures, "--batch", 64),
+            *("--steps", sampling.steps, "--guidance", sampling.guidance),
+            *("--scorers", *_SCORERS),
+            *("--out", out),
+            processes=self.jobs,
+        )
+        found: dict[str, Any] = json.loads((out / "results.json").read_text(encoding="utf-8"))
+        return found
+
+    def labels(self, arms: Sequence[Arm]) -> list[str]:
+        """The base and ``<arm>-<seed>``."""
+        return [BASE, *(f"{arm.name}-{seed}" for arm in arms for seed in self.seeds)]
+
+    def _arm(self, arm: Arm, seed: int) -> None:
+        steps = [
+            f"train.max_train_steps={arm.steps}",
+            f"checkpoint.checkpointing_steps={arm.steps}",
+        ]
+        extra = [f"model.init_from={self.out / 'runs' / BASE}", f"run.seed={seed}", *steps]
+        extra += [f"data.shards={self.out / 'encoded' / 'curated'}/*.tar", *arm.overrides]
+        self._train(f"{arm.name}-{seed}", arm.config, extra)
+
+    def _train(self, label: str, config: str, extra: Sequence[str], *, processes: int = 1) -> None:
+        folder = self.out / "runs" / label
+        if (folder / "finished").is_file():
+            return
+        command = ["-m", "soar_mega.train", str(self.root / "configs" / config)]
+        command += [f"run.dir={folder}", f"model.pretrained={self.out / 'data' / 'sd35'}"]
+        command += [f"validation.shards={self.out / 'encoded' / 'heldout'}/*.tar"]
+        self._step(f"train {label}", [*command, *extra, *self.overrides], processes)
+        (folder / "finished").touch()
+
+    def _tool(self, title: str, script: str, *arguments: object, processes: int = 1) -> None:
+        self._step(title, [str(self.root / script), *map(str, arguments)], processes)
+
+    def _step(self, title: str, command: list[str], processes: int) -> None:
+        launcher = [sys.executable]
+        if processes > 1:
+            launcher += ["-m", "torch.distributed.run", "--standalone"]
+            launcher += ["--nproc-per-node", str(processes)]
+        log = self.out / "logs" / f"{title.replace(' ', '-').replace(',', '')}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        began = time.monotonic()
+        print(f"[{began - self._began:6.0f} s] {title}", flush=True)
+        with log.open("w") as file:
+            file.write(shlex.join([*launcher, *command]) + "\n")
+            file.flush()
+            done = subprocess.run(
+                [*launcher, *command],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                check=False,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+        if done.returncode != 0:
+            raise ExperimentError(
+                f"the step '{title}' failed with exit code {done.returncode}; see {log}"
+            )

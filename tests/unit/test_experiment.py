@@ -1,0 +1,104 @@
+"""The experiment's arithmetic, tables and plots, on made-up results."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from soar_mega.config import load_config
+from soar_mega.data.tiny.pages import KINDS
+from soar_mega.evaluation.experiment.arms import ABLATIONS, IDEAL, MAIN, PRIMARY, SAMPLINGS, SOAR
+from soar_mega.evaluation.experiment.arms import SFT as SFT_ARM
+from soar_mega.evaluation.experiment.report import write_report
+from soar_mega.evaluation.experiment.statistics import estimate, paired_difference
+from soar_mega.evaluation.experiment.summary import BASE, Results
+from soar_mega.telemetry.flops import training_factor
+
+ROOT = Path(__file__).parents[2]
+SEEDS = (1, 2, 3)
+
+
+def test_intervals_are_students() -> None:
+    found = estimate([1.0, 2.0, 3.0, 4.0, 5.0])
+    # t with 4 degrees of freedom: 2.7764; standard error sqrt(2.5 / 5).
+    assert found.mean == 3
+    assert found.high - 3 == pytest.approx(2.7764451 * math.sqrt(0.5), rel=1e-6)
+    assert 3 - found.low == pytest.approx(found.high - 3)
+    assert found.excludes_zero and not estimate([-1.0, 1.0, 0.5]).excludes_zero
+    alone = estimate([2.0])
+    assert alone.mean == 2 and math.isnan(alone.low) and not alone.excludes_zero
+    with pytest.raises(ValueError, match="no values"):
+        estimate([])
+
+
+def test_pairs_remove_what_seeds_share() -> None:
+    seeds = [0.1, 0.5, 0.9]
+    found = paired_difference([s + 0.05 for s in seeds], seeds)
+    assert found.mean == pytest.approx(0.05) and found.excludes_zero
+    with pytest.raises(ValueError):
+        paired_difference([1.0], [1.0, 2.0])
+
+
+@pytest.mark.parametrize("arm", [*MAIN, *ABLATIONS], ids=lambda arm: arm.name)
+def test_every_arm_is_a_configuration_that_costs_what_it_says(arm: Any) -> None:
+    config = load_config(ROOT / "configs" / arm.config, list(arm.overrides))
+    assert training_factor(config.objective) == arm.forwards
+    if arm.config == SOAR.config and arm not in ABLATIONS:
+        assert config.objective.num_sampling_steps == SAMPLINGS[0].steps
+        assert config.objective.cfg_scale_sampling == SAMPLINGS[0].guidance
+
+
+def test_arms_have_names_of_their_own_and_equal_compute_is_equal() -> None:
+    names = [arm.name for arm in (*MAIN, *ABLATIONS)]
+    assert len(set(names)) == len(names)
+    compute = {arm.name: arm.steps * arm.forwards for arm in MAIN}
+    assert compute["sft_compute"] == pytest.approx(compute["soar"], rel=0.01)
+
+
+def made_up() -> dict[str, Any]:
+    """SOAR 0.1 above everything, whatever the seed and the way to draw."""
+
+    def part(value: float) -> dict[str, Any]:
+        whole = {"value": value}
+        return {"overall": whole, "categories": {kind: whole for kind in KINDS}}
+
+    models: dict[str, float] = {BASE: 0.2}
+    for arm in MAIN:
+        for seed in SEEDS:
+            models[f"{arm.name}-{seed}"] = 0.3 + 0.01 * seed + 0.1 * (arm is SOAR)
+    scorers = {
+        "handwriting": {"models": {m: {"correct": part(v)} for m, v in models.items()}},
+        "handwriting_frechet": {
+            "models": {
+                m: {"pixels": part(1 - v), "reader": {"overall": {"value": None}}}
+                for m, v in models.items()
+            }
+        },
+    }
+    return {sampling.name: {"scorers": scorers} for sampling in SAMPLINGS}
+
+
+def test_differences_are_paired_by_seed() -> None:
+    results = Results(made_up(), SEEDS)
+    assert results.difference(SOAR, SFT_ARM).mean == pytest.approx(0.1)
+    assert results.difference(SOAR, IDEAL, metric="handwriting_frechet/pixels").high < 0
+    assert results.values(PRIMARY[0], SFT_ARM, PRIMARY[1], "count") == pytest.approx(
+        [0.31, 0.32, 0.33]
+    )
+
+
+def test_the_report_holds_tables_numbers_and_plots(tmp_path: Path) -> None:
+    text = write_report(tmp_path, made_up(), MAIN, SEEDS)
+    assert "SOAR minus SFT: 0.100 [0.100, 0.100]: the 95 % interval excludes 0" in text
+    assert "SFT, SOAR's compute, equal compute: 0.100" in text
+    assert "| base | 0.200 | 0.200 | 0.200 | 0.200 |" in text
+    assert (tmp_path / "tables.md").read_text().strip() == text
+    content = json.loads((tmp_path / "summary.json").read_text())
+    assert content["by_seed"]["soar"]["guided"]["handwriting/correct"][0] == pytest.approx(0.41)
+    for name in ("scores.png", "differences.png"):
+        assert Image.open(tmp_path / name).size[0] > 500

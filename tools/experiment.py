@@ -1,0 +1,75 @@
+#!/usr/bin/env python
+"""Is SOAR better than SFT? Trains, draws and reads the comparison of docs/soar_vs_sft.md."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from soar_mega.evaluation.experiment.arms import ABLATIONS, MAIN, SEEDS
+from soar_mega.evaluation.experiment.report import write_report
+from soar_mega.evaluation.experiment.run import Experiment, ExperimentError
+
+_EPILOG = """\
+OUT gets data/ and encoded/ (pages), runs/ (the base, and ARM-SEED for every run), pictures/ (drawn
+and scored by tools/evaluate.py, one folder a way to draw), logs/, tables.md, summary.json,
+scores.png and differences.png. The same command goes on where it was stopped.
+
+examples:
+  tools/experiment.py
+  tools/experiment.py --full
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/experiment"), metavar="DIR")
+    parser.add_argument("--full", action="store_true", help="the ablations too")
+    parser.add_argument(
+        "--seeds", type=int, default=SEEDS, metavar="N", help="runs of every arm (default: 5)"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=2, metavar="N", help="processes at a time (default: 2)"
+    )
+    parser.add_argument(
+        "--pictures", type=int, default=512, metavar="N", help="prompts to draw (default: 512)"
+    )
+    parser.add_argument(
+        "--pages",
+        type=int,
+        default=24576,
+        metavar="N",
+        help="pages the base is trained on; a sixth as many are curated (default: 24576)",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="a setting of every training run, for a shorter trial; may be given again",
+    )
+    arguments = parser.parse_args()
+    arms = [*MAIN, *ABLATIONS] if arguments.full else list(MAIN)
+    experiment = Experiment(
+        Path(__file__).resolve().parents[1],
+        arguments.out,
+        seeds=arguments.seeds,
+        jobs=arguments.jobs,
+        pictures=arguments.pictures,
+        pages=arguments.pages,
+        overrides=arguments.set,
+    )
+    try:
+        found = experiment.run(arms)
+    except ExperimentError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(write_report(arguments.out, found, arms, experiment.seeds))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
