@@ -17,7 +17,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -47,14 +47,17 @@ class Estimate:
 
 
 def summarise(
-    scores: PictureScores, categories: Sequence[str], *, mean_of_categories: bool = False
+    scores: PictureScores,
+    categories: Sequence[str],
+    *,
+    overall: Literal["pictures", "categories"] = "pictures",
 ) -> dict[str, dict[str, Any]]:
     """Each metric's estimates as plain values: ``{"overall": ..., "categories": {name: ...}}``.
 
     Args:
         scores: Of each picture; a metric may be missing in some, which do not count for it.
         categories: Of each prompt; all empty: there are none.
-        mean_of_categories: Whether the overall value is the mean over categories, not pictures.
+        overall: What the overall value is a mean of; see ``Scorer``.
     """
     found = {}
     for metric in dict.fromkeys(name for one in scores.values() for name in one):
@@ -64,7 +67,7 @@ def summarise(
             groups.setdefault(categories[number], []).append(number)
         parts = {name: (sums[own], counts[own]) for name, own in groups.items()}
         every = np.flatnonzero(counts)
-        whole = list(parts.values()) if mean_of_categories else [(sums[every], counts[every])]
+        whole = list(parts.values()) if overall == "categories" else [(sums[every], counts[every])]
         named = {} if set(parts) == {""} else parts
         found[metric] = {
             "overall": asdict(_estimate(whole)),

@@ -26,6 +26,7 @@ from soar_mega.evaluation.plan import Plan, drawn_from
 from soar_mega.evaluation.results import CONFIDENCE, RESAMPLES, of_set, summarise
 from soar_mega.evaluation.scoring import (
     PictureScores,
+    overall_of,
     score_chunks,
     score_set,
     scores_pictures,
@@ -89,7 +90,7 @@ def evaluate(
         found[scorer.name] = {
             "citation": scorer.citation,
             "location": locations.get(scorer.name),
-            "overall_is_mean_of_categories": _by_category(scorer),
+            "overall": overall_of(scorer),
             "models": {
                 label: _score(plan, label, scorer, out, mesh, scores) for label in plan.models
             },
@@ -162,17 +163,13 @@ def _score(
         scores[label][scorer.name] = own
         if mesh.rank == 0:
             categories = [prompt.category for prompt in plan.prompts]
-            found |= summarise(own, categories, mean_of_categories=_by_category(scorer))
+            found |= summarise(own, categories, overall=overall_of(scorer))
     if scores_sets(scorer):
         order = sorted(picture for chunk in chunks for picture in chunk.pictures)
         prompts = [plan.prompts[number] for number, _ in order]
         metrics = score_set(scorer, Pictures(gallery, order), prompts, mesh)
         found |= of_set(metrics, len(plan.prompts), len(order))
     return found
-
-
-def _by_category(scorer: Any) -> bool:
-    return bool(getattr(scorer, "overall_is_mean_of_categories", False))
 
 
 def _head(plan: Plan, mesh: Mesh) -> dict[str, Any]:

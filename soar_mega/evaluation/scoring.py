@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -67,6 +67,12 @@ def scores_pictures(scorer: Any) -> bool:
 def scores_sets(scorer: Any) -> bool:
     """Whether it is a ``SetScorer``."""
     return hasattr(scorer, "score_set")
+
+
+def overall_of(scorer: Any) -> Literal["pictures", "categories"]:
+    """What its overall value is the mean of; a set's value is over pictures."""
+    found: Literal["pictures", "categories"] = getattr(scorer, "overall", "pictures")
+    return found
 
 
 def try_out(scorers: Sequence[Any], prompts: Sequence[Prompt], size: int, setting: str) -> None:

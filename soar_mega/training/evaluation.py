@@ -15,7 +15,13 @@ from PIL import Image
 from soar_mega.evaluation.painter import Batch
 from soar_mega.evaluation.plan import cut
 from soar_mega.evaluation.results import of_set, summarise
-from soar_mega.evaluation.scoring import score_chunks, score_set, scores_pictures, scores_sets
+from soar_mega.evaluation.scoring import (
+    overall_of,
+    score_chunks,
+    score_set,
+    scores_pictures,
+    scores_sets,
+)
 from soar_mega.training.pictures import gather_pictures, painter_of
 from soar_mega.training.setup import Run
 
@@ -109,7 +115,7 @@ class Evaluation:
             found |= summarise(
                 scores,
                 [prompt.category for prompt in prompts],
-                mean_of_categories=getattr(scorer, "overall_is_mean_of_categories", False),
+                overall=overall_of(scorer),
             )
         if scores_sets(scorer):
             everything = list(gather_pictures(pictures, mesh).values())

@@ -127,7 +127,7 @@ def test_one_process(alone: Path, folder: Path) -> None:
     assert (model["given"], model["step"], model["weights"]) == ("run", STEPS, "ema")
     assert results["models"]["export"]["exported_from"] == model["checkpoint"]
     found = results["scorers"]["handwriting"]
-    assert found["overall_is_mean_of_categories"] and found["citation"]
+    assert found["overall"] == "categories" and found["citation"]
     for estimate in (metric["overall"] for metric in found["models"]["run"].values()):
         assert 0 <= estimate["low"] <= estimate["value"] <= estimate["high"] <= 1
         assert (estimate["prompts"], estimate["pictures"]) == (PROMPTS, 2 * PROMPTS)

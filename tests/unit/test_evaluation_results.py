@@ -84,7 +84,7 @@ def test_categories_and_their_mean() -> None:
     scores = scores_of([[1.0]] * 6 + [[0.0]] * 2)
     categories = ["many"] * 6 + ["few"] * 2
     plain = summarise(scores, categories)["m"]
-    even = summarise(scores, categories, mean_of_categories=True)["m"]
+    even = summarise(scores, categories, overall="categories")["m"]
     assert plain["overall"]["value"] == 0.75 and even["overall"]["value"] == 0.5
     assert even["categories"] == plain["categories"]
     assert {k: v["value"] for k, v in plain["categories"].items()} == {"many": 1.0, "few": 0.0}
