@@ -47,6 +47,28 @@ def start_noise(
     return normal(0, Purpose.SAMPLING, repeat, slots_B, count, device=device).view(-1, *shape_CHW)
 
 
+def sampler_sigmas(scheduler_folder: Path | str, num_inference_steps: int) -> list[float]:
+    """The noise levels ``generate`` passes through: K + 1 fp32 numbers from noise to 0, K steps.
+
+    Args:
+        scheduler_folder: As for ``generate``.
+        num_inference_steps: K.
+
+    Raises:
+        ValueError: K is below 1, or a step of this scheduler is not z + (sigma' - sigma) v.
+    """
+    if num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps is {num_inference_steps}: it must be at least 1")
+    scheduler = _scheduler(scheduler_folder)
+    for setting in ("stochastic_sampling", "invert_sigmas"):
+        if scheduler.config.get(setting):
+            path = Path(scheduler_folder) / "scheduler_config.json"
+            raise ValueError(f"{path} has {setting}: plain Euler steps from noise are supported")
+    scheduler.set_timesteps(num_inference_steps)
+    sigmas: list[float] = scheduler.sigmas.tolist()
+    return sigmas
+
+
 @torch.no_grad()
 def generate(
     model: ModelFunction,

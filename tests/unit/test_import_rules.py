@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
 }
 ENTRY_POINTS = {"train"}
 # Not installed everywhere: imported inside the function that needs them.
-OPTIONAL = {"wandb", "nvidia", "transformer_engine", "apex", "pyarrow"}
+OPTIONAL = {"wandb", "nvidia", "transformer_engine", "apex", "pyarrow", "matplotlib"}
 
 
 def imported(tree: ast.AST, package: str) -> Iterator[tuple[str, ast.stmt]]:

@@ -24,8 +24,15 @@ def frechet_distance(first_NF: np.ndarray, second_NF: np.ndarray) -> float:
     """
     if min(len(first_NF), len(second_NF)) < 2:
         raise ValueError("a Frechet distance needs at least two digits on each side")
-    mean = ((first_NF.mean(0) - second_NF.mean(0)) ** 2).sum()
     one_FF, two_FF = (np.cov(side_NF, rowvar=False) for side_NF in (first_NF, second_NF))
+    return gaussian_distance(first_NF.mean(0), one_FF, second_NF.mean(0), two_FF)
+
+
+def gaussian_distance(
+    first_F: np.ndarray, one_FF: np.ndarray, second_F: np.ndarray, two_FF: np.ndarray
+) -> float:
+    """Squared Frechet distance of two Gaussians, each a mean and a covariance."""
+    mean = ((first_F - second_F) ** 2).sum()
     # trace sqrt(A B) = trace sqrt(A^1/2 B A^1/2), which is symmetric: no complex roots.
     values, vectors_FF = np.linalg.eigh(one_FF)
     root_FF = (vectors_FF * np.sqrt(values.clip(0))) @ vectors_FF.T

@@ -1,0 +1,203 @@
+#!/usr/bin/env python
+"""Exposure bias made visible: how far models drift off the ideal path when they sample."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from soar_mega import hub
+from soar_mega.backends.torch import TorchBackend
+from soar_mega.checkpoint.importer import (
+    Weights,
+    find_weights,
+    load_weights,
+    read_transformer_config,
+)
+from soar_mega.checkpoint.store import read_extra
+from soar_mega.data.encoded.fingerprint import encoder_fingerprint
+from soar_mega.data.model_folder import ModelFacts
+from soar_mega.data.validation import held_out
+from soar_mega.evaluation.exposure_bias import measure
+from soar_mega.evaluation.exposure_plot import plot
+from soar_mega.evaluation.exposure_report import report, table
+from soar_mega.model.config import MMDiTConfig
+from soar_mega.model.stage import MMDiTStage
+from soar_mega.parallel.mesh import Mesh
+from soar_mega.sampling.generate import ModelFunction, one_by_one
+
+_EPILOG = """\
+examples:
+  python tools/exposure_bias.py sft=runs/sft soar=runs/soar --shards 'encoded/heldout/*.tar' \\
+      --out out/exposure
+  python tools/exposure_bias.py models/sd35 --shards 'heldout-*.tar' --resolution 512 --out out/sd35
+
+DIR gets exposure_bias.json and exposure_bias.png; docs/evaluation.md says what they show. All
+models see the same samples and noise, so differences between them (in the json, from the first)
+are paired. One process; on CUDA if there is a device (bf16), else on the CPU (fp32).
+"""
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A model before its weights are loaded, and the diffusers folder its encoders are in."""
+
+    where: Path | str
+    base: Path | str
+    config: MMDiTConfig
+    max_sequence_length: int | None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help="a diffusers pipeline folder, owner/name@COMMIT of the hub, a checkpoint of ours, or "
+        "a run folder (its newest checkpoint); LABEL=MODEL names its line (default: the folder's "
+        "name); all with the same VAE and text encoders",
+    )
+    parser.add_argument(
+        "--shards",
+        nargs="+",
+        required=True,
+        metavar="SHARDS",
+        help="held-out samples: tars of pictures and captions, or encoded ones; paths, globs or "
+        "braces",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder to write; absent or empty"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=64, help="the first so many of SHARDS (default: 64)"
+    )
+    parser.add_argument("--steps", type=int, default=28, help="sampling steps (default: 28)")
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        default=4.5,
+        help="classifier-free guidance scale; 1 switches it off (default: 4.5)",
+    )
+    parser.add_argument(
+        "--resolution",
+        type=int,
+        metavar="PIXELS",
+        help="side of the pictures (default: as SHARDS were encoded; for pictures what the first "
+        "model's config names)",
+    )
+    parser.add_argument(
+        "--max-sequence-length",
+        type=int,
+        metavar="TOKENS",
+        help="T5 tokens (default: as SHARDS were encoded; for pictures what the first model, a "
+        "checkpoint, was trained with, else 256)",
+    )
+    parser.add_argument("--batch", type=int, default=16, help="samples at a time (default: 16)")
+    parser.add_argument(
+        "--weights",
+        choices=("ema", "plain"),
+        default="ema",
+        help="which weights of checkpoints; a diffusers folder has one kind (default: ema)",
+    )
+    return parser
+
+
+def _labelled(models: list[str]) -> dict[str, str]:
+    result: dict[str, str] = {}
+    for model in models:
+        label, equals, path = model.partition("=")
+        if not equals:
+            label, path = Path(model).name, model
+        if not label or label in result:
+            raise ValueError(f"MODEL {model}: its label is empty or taken; write LABEL={path}")
+        result[label] = path
+    return result
+
+
+def _find(model: str) -> _Source:
+    where = hub.resolve(model, setting="MODEL")
+    checkpoint = find_weights(where)
+    if checkpoint is None:
+        config = MMDiTConfig.from_diffusers(read_transformer_config(where))
+        return _Source(where, where, config, None)
+    record = read_extra(checkpoint)["model"]
+    base = hub.resolve(record["pretrained"], setting="the checkpoint's model.pretrained")
+    config = MMDiTConfig.from_diffusers(record["transformer"])
+    return _Source(where, base, config, record.get("max_sequence_length"))
+
+
+def _load(source: _Source, mesh: Mesh, dtype: torch.dtype, weights: Weights) -> ModelFunction:
+    model = MMDiTStage(source.config, mesh, TorchBackend()).to(dtype).eval()
+    load_weights(source.where, [model], mesh, weights)
+    return one_by_one(model)
+
+
+def _measure(args: argparse.Namespace) -> None:
+    mesh = Mesh.single("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if mesh.device.type == "cuda" else torch.float32
+    sources = {label: _find(path) for label, path in _labelled(args.models).items()}
+    first = next(iter(sources.values()))
+    for label, source in sources.items():
+        if source.base != first.base and (
+            encoder_fingerprint(source.base) != encoder_fingerprint(first.base)
+        ):
+            raise ValueError(
+                f"{label}: its VAE, text encoders or tokenizers ({source.base}) are not those of "
+                f"the first model ({first.base}), so its latents do not compare"
+            )
+    side = first.config.sample_size * ModelFacts.read(first.base).downsampling
+    clean_NCHW, prompts, empty = held_out(
+        args.shards,
+        first.base,
+        args.samples,
+        resolution=args.resolution,
+        max_sequence_length=args.max_sequence_length,
+        fallback=(side, first.max_sequence_length or 256),
+        dtype=dtype,
+        device=mesh.device,
+    )
+    found = {}
+    for label, source in sources.items():
+        print(f"measuring {label}", flush=True)
+        found[label] = measure(
+            _load(source, mesh, dtype, args.weights),
+            prompts,
+            empty,
+            Path(source.base) / "scheduler",
+            clean_NCHW=clean_NCHW,
+            num_inference_steps=args.steps,
+            guidance_scale=args.guidance,
+            batch_size=args.batch,
+        )
+    result = report(found)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "exposure_bias.json").write_text(json.dumps(result, indent=1) + "\n")
+    plot(result, args.out / "exposure_bias.png")
+    print(table(result))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the command line, measure, write and draw."""
+    args = _parser().parse_args(arguments)
+    try:
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("the picture needs matplotlib: install soar-mega[eval]")
+        if args.out.exists() and any(args.out.iterdir()):
+            raise ValueError(f"--out {args.out} is not empty")
+        _measure(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()
