@@ -55,8 +55,9 @@ class FakeCluster:
         shutil.copytree(REPOSITORY / "slurm", self.home / "slurm", ignore=scripts)
         (self.home / "soar_mega" / "__init__.py").touch()
         (self.home / "soar_mega" / "config").symlink_to(REPOSITORY / "soar_mega" / "config")
-        for name in ("soar_mega/train.py", "tools/encode_data.py", "tools/convert_to_diffusers.py"):
-            shutil.copy(REPOSITORY / "tests" / "fake_run.py", self.home / name)
+        for name in ("encode_data", "convert_to_diffusers", "evaluate"):
+            shutil.copy(REPOSITORY / "tests" / "fake_run.py", self.home / "tools" / f"{name}.py")
+        shutil.copy(REPOSITORY / "tests" / "fake_run.py", self.home / "soar_mega" / "train.py")
         self.program(self.home / ".venv" / "bin" / "python", f'exec {_PYTHON} "$@"')
         fake = shlex.quote(str(REPOSITORY / "tests" / "fake_slurm.py"))
         for name in FAKES:

@@ -7,20 +7,13 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from soar_mega import hub
-from soar_mega.backends.torch import TorchBackend
-from soar_mega.checkpoint.importer import find_weights, load_weights, read_transformer_config
-from soar_mega.checkpoint.store import read_extra
-from soar_mega.data.encoders import FrozenEncoders
-from soar_mega.model.config import MMDiTConfig
-from soar_mega.model.stage import MMDiTStage
+from soar_mega.evaluation.models import compute_dtype, find_model, load_model
+from soar_mega.evaluation.painter import Batch, Painter
 from soar_mega.parallel.mesh import Mesh
-from soar_mega.sampling.generate import generate, one_by_one, start_noise
-from soar_mega.sampling.pictures import grid, to_pictures
+from soar_mega.sampling.pictures import grid
 
 _EPILOG = """\
 examples:
@@ -91,46 +84,26 @@ def _parser() -> argparse.ArgumentParser:
 
 def _draw(args: argparse.Namespace, prompts: list[str]) -> None:
     mesh = Mesh.single("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if mesh.device.type == "cuda" else torch.float32
-    source = hub.resolve(args.model, setting="MODEL")
-    checkpoint = find_weights(source)
-    if checkpoint is None:
-        base = source
-        record: dict[str, Any] = {"transformer": read_transformer_config(source)}
-    else:
-        record = read_extra(checkpoint)["model"]
-        base = hub.resolve(record["pretrained"], setting="the checkpoint's model.pretrained")
-    config = MMDiTConfig.from_diffusers(record["transformer"])
-    encoders = FrozenEncoders.load(base, device=mesh.device, dtype=dtype)
-    model = MMDiTStage(config, mesh, TorchBackend()).to(dtype).eval()
-    load_weights(source, [model], mesh, args.weights)
-
-    factor = encoders.downsampling
-    height, width = (
-        args.height or config.sample_size * factor,
-        args.width or config.sample_size * factor,
-    )
-    step = factor * config.patch_size
-    if height % step or width % step:
-        raise ValueError(f"--height {height} and --width {width} must divide by {step}")
-    shape = (config.in_channels, height // factor, width // factor)
-    # diffusers' own default is 256, but a T5 tokenizer may have been made for less.
-    limit = encoders.tokenizers[2].model_max_length if encoders.t5 is not None else 256
-    tokens = args.max_sequence_length or record.get("max_sequence_length", min(256, limit))
-    seeds = [args.seed + number for number in range(len(prompts))]
-    latents_BCHW = generate(
-        one_by_one(model),
-        encoders.encode_prompts(prompts, tokens),
-        encoders.encode_prompts([""], tokens),
-        Path(base) / "scheduler",
-        latents_BCHW=start_noise(seeds, shape, mesh.device),
+    source = find_model(args.model, args.weights)
+    height, width = args.height or source.resolution, args.width or source.resolution
+    source.check_size(height, width, "--height or --width")
+    model = load_model(source, mesh, compute_dtype(mesh.device))
+    painter = Painter(
+        model.velocities,
+        model.encoders,
+        model.scheduler,
+        mesh,
+        latent_shape=source.latent_shape(height, width),
+        max_sequence_length=args.max_sequence_length or source.max_sequence_length,
         num_inference_steps=args.steps,
         guidance_scale=args.guidance,
         batch_size=args.batch,
     )
-    pictures = [
-        p for part in latents_BCHW.split(args.batch) for p in to_pictures(encoders.decode(part))
-    ]
+    seeds = [args.seed + number for number in range(len(prompts))]
+    pictures = []
+    for start in range(0, len(prompts), args.batch):
+        own = slice(start, start + args.batch)
+        pictures += painter.draw([Batch(prompts[own], seeds[own])])[0]
     args.out.mkdir(parents=True, exist_ok=True)
     lines = []
     for number, (picture, prompt, seed) in enumerate(zip(pictures, prompts, seeds, strict=True)):
@@ -144,6 +117,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, draw and save."""
     args = _parser().parse_args(arguments)
     try:
+        if args.batch < 1:
+            raise ValueError(f"--batch = {args.batch} must be at least 1")
         if args.out.exists() and any(args.out.iterdir()):
             raise ValueError(f"--out {args.out} is not empty")
         prompts = args.prompt

@@ -250,13 +250,16 @@ class WatchdogConfig(Section):
     start_minutes: float = Field(60.0, gt=0, description="Until the first step.")
     step_minutes: float = Field(20.0, gt=0, description="One step, its data and its report.")
     validation_minutes: float = Field(
-        20.0, gt=0, description="One microbatch of the validation loss, or one picture grid."
+        20.0,
+        gt=0,
+        description="One microbatch of the validation loss, one picture grid, or one round of an "
+        "evaluation.",
     )
     save_minutes: float = Field(60.0, gt=0, description="One checkpoint.")
 
 
 class ValidationConfig(Section):
-    """Validation loss at fixed timesteps with fixed noise, and a picture grid."""
+    """Validation loss at fixed timesteps with fixed noise, a picture grid, scored pictures."""
 
     validation_steps: int | None = Field(
         None, ge=1, description="Steps between validation losses; null: off."
@@ -272,8 +275,18 @@ class ValidationConfig(Section):
     image_steps: int | None = Field(
         None, ge=1, description="Steps between picture grids; null: off."
     )
-    num_inference_steps: int = Field(28, ge=1, le=1000, description="Sampling steps of the grid.")
-    guidance_scale: float = Field(4.5, ge=0, description="Guidance scale of the grid.")
+    evaluate_steps: int | None = Field(
+        None, ge=1, description="Steps between evaluations (docs/evaluation.md); null: off."
+    )
+    evaluate_prompts: Text | None = Field(None, description="File of the prompts to draw.")
+    evaluate_format: Text = Field(
+        "lines", description="Of that file, as --format of tools/evaluate.py."
+    )
+    evaluate_scorers: Annotated[tuple[Text, ...], Field(strict=False)] = Field(
+        (), description="What judges the pictures: name or name=location of each."
+    )
+    num_inference_steps: int = Field(28, ge=1, le=1000, description="Sampling steps of pictures.")
+    guidance_scale: float = Field(4.5, ge=0, description="Guidance scale of pictures.")
 
     @model_validator(mode="after")
     def _has_something_to_validate_on(self) -> Self:
@@ -291,6 +304,20 @@ class ValidationConfig(Section):
                 "validation.image_steps",
                 "validation.prompts",
             )
+        if self.evaluate_steps is not None:
+            needed = {
+                "evaluate_prompts": self.evaluate_prompts,
+                "evaluate_scorers": self.evaluate_scorers,
+            }
+            for name, value in needed.items():
+                if not value:
+                    raise broken_rule(
+                        f"validation.evaluate_steps = {self.evaluate_steps} needs "
+                        f"validation.{name}, which is not set; give it or set evaluate_steps to "
+                        "null",
+                        "validation.evaluate_steps",
+                        f"validation.{name}",
+                    )
         return self
 
 

@@ -29,18 +29,22 @@ def one_by_one(model: Callable[[ModelInput], Tensor]) -> ModelFunction:
 
 
 def start_noise(
-    seeds: Sequence[int], shape_CHW: tuple[int, int, int], device: torch.device | str = "cpu"
+    seeds: Sequence[int],
+    shape_CHW: tuple[int, int, int],
+    device: torch.device | str = "cpu",
+    repeat: int = 0,
 ) -> Tensor:
     """The noise each picture starts from, fp32 (B, C, H, W).
 
-    A function of the picture's seed and shape alone: the same on every device and in every layout.
+    A function of the picture's seed, shape and repeat alone: the same on every device and in every
+    layout. ``repeat`` numbers pictures of one seed.
 
     Raises:
-        ValueError: A seed is negative or 2^32 or more.
+        ValueError: A seed or ``repeat`` is negative or 2^32 or more.
     """
     slots_B = torch.tensor(list(seeds), dtype=torch.int64)
     count = shape_CHW[0] * shape_CHW[1] * shape_CHW[2]
-    return normal(0, Purpose.SAMPLING, 0, slots_B, count, device=device).view(-1, *shape_CHW)
+    return normal(0, Purpose.SAMPLING, repeat, slots_B, count, device=device).view(-1, *shape_CHW)
 
 
 def sampler_sigmas(scheduler_folder: Path | str, num_inference_steps: int) -> list[float]:

@@ -53,6 +53,18 @@ def forward_flops(model: ModelShape, image_tokens: int, text_tokens: int) -> int
     )
 
 
+def layer_costs(
+    model: ModelShape, image_tokens: int, text_tokens: int
+) -> tuple[list[int], int, int]:
+    """Forward FLOPs of one sample: of each block, of the embeddings, of the head."""
+    tokens = image_tokens, text_tokens
+    return (
+        [block_flops(model, layer, *tokens) for layer in range(model.num_layers)],
+        embedding_flops(model, *tokens),
+        head_flops(model, image_tokens),
+    )
+
+
 def embedding_flops(model: ModelShape, image_tokens: int, text_tokens: int) -> int:
     """FLOPs of one forward of one sample before the first block."""
     width = model.num_attention_heads * model.attention_head_dim

@@ -35,9 +35,9 @@ from soar_mega.pipeline.schedules import build_schedule
 from soar_mega.pipeline.simulator import Costs, simulate
 from soar_mega.pipeline.stages import cut_layers
 from soar_mega.pipeline.timeline import Timeline
+from soar_mega.telemetry.flops import layer_costs
 from soar_mega.training.benchmark import Case
 from soar_mega.training.benchmark_sleeping import IdleObjective, SleepingStage, idle_microbatch
-from soar_mega.training.layout import layer_costs
 
 BASELINE = "sequential"
 

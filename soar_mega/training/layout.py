@@ -7,7 +7,7 @@ from soar_mega.config.world import check_world
 from soar_mega.model.config import MMDiTConfig
 from soar_mega.pipeline.schedules import virtual_stages
 from soar_mega.pipeline.stages import check_stages, cut_layers, given_layout
-from soar_mega.telemetry.flops import block_flops, embedding_flops, head_flops
+from soar_mega.telemetry.flops import layer_costs
 from soar_mega.training.precision import check_shapes
 
 
@@ -36,18 +36,6 @@ def cut_model(
         )
     costs = layer_costs(architecture, image_tokens, text_tokens)
     return cut_layers(*costs, stages, virtual=virtual)
-
-
-def layer_costs(
-    architecture: MMDiTConfig, image_tokens: int, text_tokens: int
-) -> tuple[list[int], int, int]:
-    """Forward FLOPs of one sample: of each block, of the embeddings, of the head."""
-    tokens = image_tokens, text_tokens
-    return (
-        [block_flops(architecture, layer, *tokens) for layer in range(architecture.num_layers)],
-        embedding_flops(architecture, *tokens),
-        head_flops(architecture, image_tokens),
-    )
 
 
 def check_layout(config: Config, architecture: MMDiTConfig, world_size: int) -> int:

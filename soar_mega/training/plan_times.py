@@ -12,8 +12,7 @@ from soar_mega.model.config import MMDiTConfig
 from soar_mega.pipeline.actions import Kind, Schedule
 from soar_mega.pipeline.simulator import Costs
 from soar_mega.pipeline.stages import stage_cost
-from soar_mega.telemetry.flops import known_peak_tflops
-from soar_mega.training.layout import layer_costs
+from soar_mega.telemetry.flops import known_peak_tflops, layer_costs
 from soar_mega.training.plan_rank import RankStages
 
 GPUS_PER_NODE = 8

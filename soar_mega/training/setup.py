@@ -5,13 +5,12 @@ from __future__ import annotations
 import importlib.util
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from soar_mega import hub
 from soar_mega.checkpoint.importer import (
@@ -29,9 +28,8 @@ from soar_mega.data.encoders import FrozenEncoders
 from soar_mega.data.model_folder import ModelFacts, check_folder
 from soar_mega.data.shards.index import ShardIndex, build_index
 from soar_mega.data.sources import TrainingData, open_encoded, open_training_data
+from soar_mega.evaluation.interface import Prompt
 from soar_mega.launch.environment import ProcessEnvironment
-from soar_mega.launch.machine_facts import own_gpu
-from soar_mega.launch.rendezvous import open_store
 from soar_mega.model.config import MMDiTConfig
 from soar_mega.model.init import initialise
 from soar_mega.model.stage import MMDiTStage
@@ -41,6 +39,7 @@ from soar_mega.parallel.sharded import ShardedParameters
 from soar_mega.pipeline.actions import Schedule
 from soar_mega.pipeline.engine import Pipeline
 from soar_mega.pipeline.schedules import build_schedule
+from soar_mega.training.evaluation_inputs import load_scorers, read_evaluated
 from soar_mega.training.feed import DTYPES, Feed
 from soar_mega.training.health import Health
 from soar_mega.training.layout import check_layout, cut_model
@@ -64,6 +63,8 @@ class Checked:
     data: TrainingData
     validation_index: ShardIndex | None
     validation_set: EncodedSet | None  # where validation_index is of one
+    evaluated: tuple[Prompt, ...] = ()  # of evaluations
+    scorers: tuple[Any, ...] = ()  # the same; loaded, so that what fails does before the start
 
 
 def check(config: Config, process: ProcessEnvironment) -> Checked:
@@ -75,12 +76,13 @@ def check(config: Config, process: ProcessEnvironment) -> Checked:
         ConfigError, ValueError: The first problem found, naming setting, value, rule and fix.
     """
     checked = check_inputs(config, process.world_size)
+    checked = replace(checked, scorers=load_scorers(config, checked.evaluated, process))
     _check_run_folder(config, process)  # last: what is refused leaves no folder behind
     return checked
 
 
 def check_inputs(config: Config, world_size: int) -> Checked:
-    """What ``check`` does, but for optional packages and the run folder; writes nothing there.
+    """What ``check`` does, but for optional packages, scorers and the run folder; writes nothing.
 
     Raises:
         ConfigError, ValueError: As ``check``.
@@ -110,7 +112,8 @@ def check_inputs(config: Config, world_size: int) -> Checked:
             validation_set = open_encoded(
                 validation_index, config.data, str(folder), setting=setting
             )
-    return Checked(folder, architecture, data, validation_index, validation_set)
+    evaluated = read_evaluated(validation)
+    return Checked(folder, architecture, data, validation_index, validation_set, evaluated)
 
 
 def _check_run_folder(config: Config, process: ProcessEnvironment) -> None:
@@ -146,50 +149,6 @@ def check_resolution(data: DataConfig, architecture: MMDiTConfig) -> None:
         f"{made} makes up to {longest // RESOLUTION_STEP} image tokens a side, but the position "
         f"table of model.pretrained holds {room} x {room} (pos_embed_max_size): use {fix}, or "
         "another model"
-    )
-
-
-def device_of(config: Config, process: ProcessEnvironment) -> torch.device:
-    """The device ``run.device`` means for this process.
-
-    Raises:
-        ConfigError: CUDA is asked for and not there.
-    """
-    if config.run.device == "cpu" or (
-        config.run.device == "auto" and not torch.cuda.is_available()
-    ):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ConfigError("run.device = cuda, but torch finds no CUDA device: use auto or cpu")
-    count = torch.cuda.device_count()
-    number = own_gpu(process.local_rank, count)
-    if number is None:
-        raise ConfigError(
-            f"process {process.local_rank} of this machine has no GPU: there are {count}; start at "
-            f"most {count} processes a machine"
-        )
-    return torch.device("cuda", number)
-
-
-def start_processes(process: ProcessEnvironment, device: torch.device, timeout: timedelta) -> None:
-    """Join the default process group where there is more than one process.
-
-    Raises:
-        RendezvousError: Rank 0 cannot listen, or is not found.
-    """
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if process.world_size == 1:
-        return
-    # torch knows how to share the agent's among restarts.
-    store = None if process.agent_store else open_store(process, timeout)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=store,
-        rank=process.rank,
-        world_size=process.world_size,
-        timeout=timeout,
-        device_id=device if device.type == "cuda" else None,
     )
 
 
@@ -287,7 +246,8 @@ def _health(config: Config, resumed: Resumed) -> Health:
 def _needs_encoders(config: Config, checked: Checked) -> bool:
     """Encoded sets save their time and memory, unless pictures are drawn or validated on."""
     pictures = checked.validation_index is not None and not checked.validation_index.encoded
-    return checked.data.encoded is None or pictures or config.validation.image_steps is not None
+    draws = (config.validation.image_steps, config.validation.evaluate_steps) != (None, None)
+    return checked.data.encoded is None or pictures or draws
 
 
 def _own_stages(

@@ -37,9 +37,14 @@ def agree_on_problem(problem: str | None) -> None:
             raise ConfigError(f"on rank {rank}: {found}" if alone else found)
 
 
-def agree_on_steps(config: Config, data: str) -> None:
+def agree_on_steps(config: Config, data: str, prompts: str = "") -> None:
     """Every rank will do the same steps on the same samples: else they would wait for each other
     in the middle of the run, or train on other samples than they should.
+
+    Args:
+        config: The run.
+        data: Fingerprint of its samples.
+        prompts: Fingerprint of what its evaluations draw.
 
     Raises:
         ConfigError: On every rank, naming those that differ from rank 0.
@@ -48,6 +53,7 @@ def agree_on_steps(config: Config, data: str) -> None:
         return
     known = {
         "the samples of data.shards or data.sources": data,
+        "the prompts of validation.evaluate_prompts": prompts,
         "the configuration": hashlib.sha256(dump_yaml(config).encode()).hexdigest(),
     }
     everyone: list[dict[str, str]] = [{}] * dist.get_world_size()

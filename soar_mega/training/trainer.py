@@ -13,7 +13,9 @@ import torch.distributed as dist
 from soar_mega.checkpoint.agree import on_rank_0
 from soar_mega.config import Config, ConfigError
 from soar_mega.data.errors import TooManyBadSamplesError
+from soar_mega.evaluation.scoring import ScoringError
 from soar_mega.launch.environment import ProcessEnvironment
+from soar_mega.launch.processes import device_of, start_processes
 from soar_mega.launch.signals import Signals, signal_lead
 from soar_mega.launch.watchdog import Watchdog
 from soar_mega.pipeline.recorder import Recorder
@@ -24,6 +26,8 @@ from soar_mega.telemetry.flops import (
     training_factor,
 )
 from soar_mega.training import notes
+from soar_mega.training.evaluation import Evaluation
+from soar_mega.training.evaluation_inputs import fingerprint
 from soar_mega.training.health import SickRunError
 from soar_mega.training.optimizer import check_optimizer
 from soar_mega.training.precision import check_backend
@@ -33,8 +37,6 @@ from soar_mega.training.setup import (
     Run,
     build,
     check,
-    device_of,
-    start_processes,
     timeout_of,
 )
 from soar_mega.training.starts import StuckRunError, count_start, forget_starts
@@ -67,7 +69,7 @@ def train(config: Config, signals: Signals) -> Outcome:
 def _train(
     config: Config, process: ProcessEnvironment, signals: Signals, watchdog: Watchdog
 ) -> Outcome:
-    device = device_of(config, process)
+    device = device_of(config.run.device, process)
     if config.parallel.tensor_parallel_overlap:
         # So that communication is launched before the product beside it; read with CUDA's context.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -86,7 +88,7 @@ def _train(
     start_processes(process, device, timeout_of(config))
     agree_on_problem(problem)
     assert checked is not None
-    agree_on_steps(config, checked.data.fingerprint())
+    agree_on_steps(config, checked.data.fingerprint(), fingerprint(checked.evaluated))
     try:
         run = build(config, checked, device)
     except ValueError as error:  # whatever a room refuses is the user's to mend
@@ -147,9 +149,13 @@ def _loop(run: Run, process: ProcessEnvironment, signals: Signals, watchdog: Wat
         if agreed.stop or agreed.leave:
             reporter.note(notes.ended(run, agreed, run.done_steps), *requests.answered(agreed))
             return "stopped" if agreed.stop else "interrupted"
-        validation = Validation(run)
+        validation, evaluation = Validation(run), Evaluation(run)
         flops = training_factor(config.objective) * _sample_flops(run)
         save_due, slowest_s, lead_s = False, 0.0, signal_lead(os.environ)
+
+        def leaves() -> bool:
+            return requests.agree(leave=signals.received is not None).leave
+
         for step in range(run.done_steps, last):
             watchdog.enter("step")
             began = time.perf_counter()
@@ -175,6 +181,15 @@ def _loop(run: Run, process: ProcessEnvironment, signals: Signals, watchdog: Wat
             if validation.is_due(done):
                 watchdog.enter("validation")
                 metrics |= validation.losses(watchdog.alive)
+                watchdog.enter("step")
+            if evaluation.is_due(done):
+                watchdog.enter("validation")
+                started = time.perf_counter()
+                try:
+                    metrics |= evaluation.measure(watchdog.alive, leaves)
+                except ScoringError as error:
+                    reporter.note(f"evaluation of step {done}: {error}; training goes on")
+                began += time.perf_counter() - started  # it can be broken off
                 watchdog.enter("step")
             reporter.step(done, metrics)
             if health.exhausted:

@@ -12,24 +12,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from soar_mega.data.shards.index import ShardIndex
 from soar_mega.data.validation import encoded_validation, load_validation
+from soar_mega.evaluation.painter import Batch
+from soar_mega.evaluation.plan import cut
 from soar_mega.objectives.sigmas import shift_sigma
-from soar_mega.parallel.errors import waiting_for
 from soar_mega.passes import ModelInput, TextCondition
 from soar_mega.rng import Purpose, normal
-from soar_mega.sampling.generate import generate, start_noise
-from soar_mega.sampling.pictures import grid, to_pictures
+from soar_mega.sampling.pictures import grid
 from soar_mega.training.feed import DTYPES
+from soar_mega.training.pictures import gather_pictures, painter_of
 from soar_mega.training.report import fill_together
 from soar_mega.training.setup import Run
 
 
 class Validation:
-    """Held-out samples, encoded once, and the prompts of the picture grid."""
+    """Held-out samples, encoded once, and the picture grid."""
 
     def __init__(self, run: Run) -> None:
         self._run, config = run, run.config
@@ -37,11 +37,6 @@ class Validation:
         self._latents_SCHW: Tensor | None = None
         if run.checked.validation_index is not None:
             self._latents_SCHW, self._captions = self._load(run.checked.validation_index)
-        if self.settings.image_steps is not None:
-            assert run.encoders is not None
-            self._prompts = run.encoders.encode_prompts(
-                self.settings.prompts, config.data.max_sequence_length
-            )
 
     def _load(self, index: ShardIndex) -> tuple[Tensor, TextCondition]:
         config, count, encoders = self._run.config, self.settings.num_samples, self._run.encoders
@@ -128,41 +123,23 @@ class Validation:
 
     def pictures(self, step: int) -> Path | None:
         """Draw the prompts; rank 0 writes ``samples/step_<step>/grid.png`` and returns its path."""
-        run, mesh = self._run, self._run.mesh
-        shape = run.facts.latent_shape(run.config.data.resolution)
-        own = list(range(mesh.data_rank, len(self.settings.prompts), mesh.data_size))
-        assert run.encoders is not None
-        pictures = {}
+        run, mesh, prompts = self._run, self._run.mesh, self.settings.prompts
+        # A share for each rank, as far as they go.
+        share = -(-len(prompts) // mesh.data_size)
+        size = min(run.config.train.micro_batch_size, share)
+        own = cut(len(prompts), 1, size)[mesh.data_rank :: mesh.data_size]
+        batches = [Batch([prompts[n] for n in chunk.prompts], chunk.prompts) for chunk in own]
         with run.stepper.parameters.borrow(run.stepper.ema.shard):
-            if own:
-                latents_BCHW = generate(
-                    run.stepper.pipeline.forward_everywhere,
-                    TextCondition(self._prompts.text_BTE[own], self._prompts.pooled_BV[own]),
-                    run.feed.empty,
-                    run.checked.folder / "scheduler",
-                    latents_BCHW=start_noise(own, shape, mesh.device),
-                    num_inference_steps=self.settings.num_inference_steps,
-                    guidance_scale=self.settings.guidance_scale,
-                    batch_size=run.config.train.micro_batch_size,
-                )
-                # All ranks of a pipeline have the latents: one turns them into pictures.
-                parts_BCHW = latents_BCHW.split(run.config.train.micro_batch_size)
-                drawn = [
-                    picture
-                    for part_BCHW in parts_BCHW
-                    if mesh.pipeline_rank == 0
-                    for picture in to_pictures(run.encoders.decode(part_BCHW))
-                ]
-                pictures = dict(zip(own, drawn, strict=mesh.pipeline_rank == 0))
-        parts = [pictures]
-        if mesh.data_group is not None:
-            parts = [{} for _ in range(mesh.data_size)]
-            with waiting_for("data-parallel peers, to gather pictures"):
-                dist.all_gather_object(parts, pictures, group=mesh.data_group)
+            drawn = painter_of(run, size).draw(batches)
+        pictures = {
+            number: picture
+            for chunk, images in zip(own, drawn, strict=True)
+            for number, picture in zip(chunk.prompts, images, strict=bool(images))
+        }
+        everything = gather_pictures(pictures, mesh)
         if mesh.rank != 0:
             return None
-        everything = {number: picture for part in parts for number, picture in part.items()}
         path = Path(run.config.run.dir) / "samples" / f"step_{step:08d}" / "grid.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        grid([everything[number] for number in sorted(everything)]).save(path)
+        grid(list(everything.values())).save(path)
         return path

@@ -126,7 +126,11 @@ def test_slurm_arguments_arrive_verbatim_and_ranks_are_the_tasks(cluster: FakeCl
 
 @pytest.mark.parametrize(
     ("script", "program"),
-    [("encode.sbatch", "encode_data.py"), ("convert.sbatch", "convert_to_diffusers.py")],
+    [
+        ("encode.sbatch", "encode_data.py"),
+        ("convert.sbatch", "convert_to_diffusers.py"),
+        ("evaluate.sbatch", "evaluate.py"),
+    ],
 )
 def test_slurm_other_scripts_pass_arguments_and_codes_on(
     cluster: FakeCluster, script: str, program: str

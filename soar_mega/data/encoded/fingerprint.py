@@ -32,15 +32,28 @@ def encoder_fingerprint(folder: str | Path) -> dict[str, str]:
     parts = sorted(
         part for part in check_folder(folder) if part in ENCODERS or part.startswith("tokenizer")
     )
+    return {part: component_fingerprint(root / part, lead) for part in parts}
+
+
+def component_fingerprint(folder: Path, lead: str) -> str:
+    """sha256 (hex) of one component, by its folder's name: weights, or all files.
+
+    Args:
+        folder: Of a component of a diffusers model, or a transformer alone.
+        lead: Starts messages.
+
+    Raises:
+        FolderError: A file cannot be read.
+    """
     try:
-        return {part: _component(root / part, lead) for part in parts}
+        return _component(folder, lead)
     except OSError as error:
         raise FolderError(f"{lead}{error.filename}: cannot be read: {error.strerror}") from error
 
 
 def _component(folder: Path, lead: str) -> str:
     digest = hashlib.sha256()
-    weights = _weights(folder, lead) if folder.name in ENCODERS else []
+    weights = [] if folder.name.startswith("tokenizer") else _weights(folder, lead)
     if weights:
         texts = [folder / "config.json"]
     else:
