@@ -7,30 +7,17 @@ import argparse
 import importlib.util
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from soar_mega import hub
-from soar_mega.backends.torch import TorchBackend
-from soar_mega.checkpoint.importer import (
-    Weights,
-    find_weights,
-    load_weights,
-    read_transformer_config,
-)
-from soar_mega.checkpoint.store import read_extra
 from soar_mega.data.encoded.fingerprint import encoder_fingerprint
-from soar_mega.data.model_folder import ModelFacts
 from soar_mega.data.validation import held_out
 from soar_mega.evaluation.exposure_bias import measure
 from soar_mega.evaluation.exposure_plot import plot
 from soar_mega.evaluation.exposure_report import report, table
-from soar_mega.model.config import MMDiTConfig
-from soar_mega.model.stage import MMDiTStage
+from soar_mega.evaluation.models import compute_dtype, find_model, load_model
 from soar_mega.parallel.mesh import Mesh
-from soar_mega.sampling.generate import ModelFunction, one_by_one
 
 _EPILOG = """\
 examples:
@@ -42,16 +29,6 @@ DIR gets exposure_bias.json and exposure_bias.png; docs/evaluation.md says what 
 models see the same samples and noise, so differences between them (in the json, from the first)
 are paired. One process; on CUDA if there is a device (bf16), else on the CPU (fp32).
 """
-
-
-@dataclass(frozen=True)
-class _Source:
-    """A model before its weights are loaded, and the diffusers folder its encoders are in."""
-
-    where: Path | str
-    base: Path | str
-    config: MMDiTConfig
-    max_sequence_length: int | None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -123,28 +100,12 @@ def _labelled(models: list[str]) -> dict[str, str]:
     return result
 
 
-def _find(model: str) -> _Source:
-    where = hub.resolve(model, setting="MODEL")
-    checkpoint = find_weights(where)
-    if checkpoint is None:
-        config = MMDiTConfig.from_diffusers(read_transformer_config(where))
-        return _Source(where, where, config, None)
-    record = read_extra(checkpoint)["model"]
-    base = hub.resolve(record["pretrained"], setting="the checkpoint's model.pretrained")
-    config = MMDiTConfig.from_diffusers(record["transformer"])
-    return _Source(where, base, config, record.get("max_sequence_length"))
-
-
-def _load(source: _Source, mesh: Mesh, dtype: torch.dtype, weights: Weights) -> ModelFunction:
-    model = MMDiTStage(source.config, mesh, TorchBackend()).to(dtype).eval()
-    load_weights(source.where, [model], mesh, weights)
-    return one_by_one(model)
-
-
 def _measure(args: argparse.Namespace) -> None:
     mesh = Mesh.single("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if mesh.device.type == "cuda" else torch.float32
-    sources = {label: _find(path) for label, path in _labelled(args.models).items()}
+    dtype = compute_dtype(mesh.device)
+    sources = {
+        label: find_model(path, args.weights) for label, path in _labelled(args.models).items()
+    }
     first = next(iter(sources.values()))
     for label, source in sources.items():
         if source.base != first.base and (
@@ -154,14 +115,13 @@ def _measure(args: argparse.Namespace) -> None:
                 f"{label}: its VAE, text encoders or tokenizers ({source.base}) are not those of "
                 f"the first model ({first.base}), so its latents do not compare"
             )
-    side = first.config.sample_size * ModelFacts.read(first.base).downsampling
     clean_NCHW, prompts, empty = held_out(
         args.shards,
         first.base,
         args.samples,
         resolution=args.resolution,
         max_sequence_length=args.max_sequence_length,
-        fallback=(side, first.max_sequence_length or 256),
+        fallback=(first.resolution, first.max_sequence_length),
         dtype=dtype,
         device=mesh.device,
     )
@@ -169,7 +129,7 @@ def _measure(args: argparse.Namespace) -> None:
     for label, source in sources.items():
         print(f"measuring {label}", flush=True)
         found[label] = measure(
-            _load(source, mesh, dtype, args.weights),
+            load_model(source, mesh, dtype).velocities,
             prompts,
             empty,
             Path(source.base) / "scheduler",
