@@ -12,16 +12,22 @@ DEMO_READY := $(VENV)/.demo-ready
 DEV_READY := $(VENV)/.dev-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-full check clean
+.PHONY: help venv demo experiment experiment-full test test-full check clean
 
 help: ## show this
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo "PYTHON=python3.12 chooses the interpreter; make demo OUT=DIR the folder."
 
 venv: $(DEMO_READY) ## make .venv with what the demo needs
 
 demo: $(DEMO_READY) ## pretrain, SOAR, export, compare: pictures and a table in OUT (runs/demo)
 	$(BIN)/python tools/demo.py --out "$(OUT)"
+
+experiment: $(DEMO_READY) ## SOAR against SFT and its controls: tables and plots in runs/experiment
+	$(BIN)/python tools/experiment.py
+
+experiment-full: $(DEMO_READY) ## the same with the ablations
+	$(BIN)/python tools/experiment.py --full
 
 test: check ## static checks and the tests, within 40 minutes on 2 cores
 	$(BIN)/python -m pytest -m "not full" --durations=40

@@ -12,9 +12,9 @@ from soar_mega.evaluation.experiment.report import write_report
 from soar_mega.evaluation.experiment.run import Experiment, ExperimentError
 
 _EPILOG = """\
-OUT gets data/ and encoded/ (pages), runs/ (the base, and ARM-SEED for every run), pictures/ (drawn
-and scored by tools/evaluate.py, one folder a way to draw), logs/, tables.md, summary.json,
-scores.png and differences.png. The same command goes on where it was stopped.
+DIR gets data/ and encoded/ (pages), runs/ARM-SEED, pictures/ (drawn and scored by
+tools/evaluate.py, one folder a way to draw), logs/, tables.md, summary.json, scores.png and
+differences.png. The same command goes on where it was stopped.
 
 examples:
   tools/experiment.py
@@ -40,9 +40,9 @@ def main() -> int:
     parser.add_argument(
         "--pages",
         type=int,
-        default=24576,
+        default=4096,
         metavar="N",
-        help="pages the base is trained on; a sixth as many are curated (default: 24576)",
+        help="curated pages to train on (default: 4096)",
     )
     parser.add_argument(
         "--set",

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Writes the benchmark `handwriting`: a tiny Stable Diffusion 3.5 pipeline, pages, prompts.
 
-DIR/sd35/                   a StableDiffusion3Pipeline folder (transformer untrained, rest trained)
-DIR/shards/raw-*.tar        64 px pages of digits with flaws and wrong captions, for pretraining
+DIR/sd35/                   a StableDiffusion3Pipeline folder, pretrained on raw pages
+DIR/shards/raw-*.tar        64 px pages of digits with flaws and wrong captions, of pretraining
 DIR/shards/curated-*.tar    pages that show what their captions say, for SFT and SOAR
 DIR/shards/heldout-*.tar    combinations and scans that training never shows
 DIR/prompts.txt             the captions of the latter
@@ -22,14 +22,14 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write")
-    add("--seed", type=int, default=0, help="of pages and weights (default: 0)")
-    for name, count in (("raw", 32768), ("curated", 4096), ("held-out", 512)):
+    add("--seed", type=int, default=0, help="of pages (default: 0)")
+    for name, count in (("raw", 24576), ("curated", 4096), ("held-out", 512)):
         add(
             f"--{name}-pages",
             type=int,
             default=count,
             metavar="N",
-            help=f"pages in the {name} shards (default: {count})",
+            help=f"pages in the {name} shards; 0: none (default: {count})",
         )
     arguments = parser.parse_args()
     try:

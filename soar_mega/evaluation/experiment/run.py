@@ -1,4 +1,4 @@
-"""Runs the experiment: data, base, every arm with every seed, pictures and scores of them all.
+"""Runs the experiment: data, every arm with every seed, pictures and scores of them all.
 
 Every step is a command a user could type, in a process of its own, and leaves a folder; what is
 there is not done again, so a stopped experiment goes on where it was. One process and one thread a
@@ -20,7 +20,7 @@ from typing import Any
 
 from soar_mega.evaluation.experiment.arms import SAMPLINGS, Arm, Sampling
 
-_SETS = ("raw", "curated", "heldout")
+_SETS = ("curated", "heldout")
 _SCORERS = ("handwriting", "handwriting_frechet")
 BASE = "base"
 
@@ -38,8 +38,8 @@ class Experiment:
         seeds: Repetitions of every arm, seeds 1, 2, ...
         jobs: Runs at a time.
         pictures: Held-out prompts that are drawn and read.
-        pages: Raw pages of the base's training; a sixth as many are curated.
-        overrides: ``section.key=value`` for every training run, the base's too.
+        pages: Curated pages to train on.
+        overrides: ``section.key=value`` for every training run.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Experiment:
         seeds: int,
         jobs: int = 2,
         pictures: int = 512,
-        pages: int = 24576,
+        pages: int = 4096,
         overrides: Sequence[str] = (),
     ) -> None:
         self.root, self.out = root, out
@@ -65,7 +65,6 @@ class Experiment:
             ExperimentError: A step failed.
         """
         self.make_data()
-        self.pretrain()
         self.train(arms)
         return {sampling.name: self.judge(arms, sampling) for sampling in SAMPLINGS}
 
@@ -76,8 +75,8 @@ class Experiment:
             self._tool(
                 "make pages",
                 "tools/make_handwriting.py",
-                *("--out", data, "--raw-pages", self.pages),
-                *("--curated-pages", self.pages // 6, "--held-out-pages", self.pictures),
+                *("--out", data, "--raw-pages", 0),
+                *("--curated-pages", self.pages, "--held-out-pages", self.pictures),
             )
         for name in _SETS:
             encoded = self.out / "encoded" / name
@@ -91,11 +90,6 @@ class Experiment:
                     processes=self.jobs,
                 )
 
-    def pretrain(self) -> None:
-        """The base: one run shared by all processes."""
-        extra = [f"data.shards={self.out / 'encoded' / 'raw'}/*.tar"]
-        self._train(BASE, "handwriting_pretrain.yaml", extra, processes=self.jobs)
-
     def train(self, arms: Sequence[Arm]) -> None:
         """Every arm with every seed, ``jobs`` at a time; seed by seed: a part of it compares."""
         with ThreadPoolExecutor(self.jobs) as pool:
@@ -106,7 +100,9 @@ class Experiment:
     def judge(self, arms: Sequence[Arm], sampling: Sampling) -> dict[str, Any]:
         """Draw the held-out prompts with every model and score them: its ``results.json``."""
         out = self.out / "pictures" / sampling.name
-        models = [f"{label}={self.out / 'runs' / label}" for label in self.labels(arms)]
+        runs = [f"{arm.name}-{seed}" for arm in arms for seed in self.seeds]
+        models = [f"{BASE}={self.out / 'data' / 'sd35'}"]
+        models += [f"{run}={self.out / 'runs' / run}" for run in runs]
         self._tool(
             f"draw and read, {sampling.name}",
             "tools/evaluate.py",
@@ -122,27 +118,24 @@ class Experiment:
         found: dict[str, Any] = json.loads((out / "results.json").read_text(encoding="utf-8"))
         return found
 
-    def labels(self, arms: Sequence[Arm]) -> list[str]:
-        """The base and ``<arm>-<seed>``."""
-        return [BASE, *(f"{arm.name}-{seed}" for arm in arms for seed in self.seeds)]
-
     def _arm(self, arm: Arm, seed: int) -> None:
-        steps = [
-            f"train.max_train_steps={arm.steps}",
-            f"checkpoint.checkpointing_steps={arm.steps}",
-        ]
-        extra = [f"model.init_from={self.out / 'runs' / BASE}", f"run.seed={seed}", *steps]
-        extra += [f"data.shards={self.out / 'encoded' / 'curated'}/*.tar", *arm.overrides]
-        self._train(f"{arm.name}-{seed}", arm.config, extra)
-
-    def _train(self, label: str, config: str, extra: Sequence[str], *, processes: int = 1) -> None:
-        folder = self.out / "runs" / label
+        run = f"{arm.name}-{seed}"
+        folder = self.out / "runs" / run
         if (folder / "finished").is_file():
             return
-        command = ["-m", "soar_mega.train", str(self.root / "configs" / config)]
-        command += [f"run.dir={folder}", f"model.pretrained={self.out / 'data' / 'sd35'}"]
-        command += [f"validation.shards={self.out / 'encoded' / 'heldout'}/*.tar"]
-        self._step(f"train {label}", [*command, *extra, *self.overrides], processes)
+        settings = [
+            f"run.dir={folder}",
+            f"run.seed={seed}",
+            f"model.pretrained={self.out / 'data' / 'sd35'}",
+            f"data.shards={self.out / 'encoded' / 'curated'}/*.tar",
+            f"validation.shards={self.out / 'encoded' / 'heldout'}/*.tar",
+            f"train.max_train_steps={arm.steps}",
+            f"checkpoint.checkpointing_steps={arm.steps}",
+            *arm.overrides,
+            *self.overrides,
+        ]
+        config = str(self.root / "configs" / arm.config)
+        self._step(f"train {run}", ["-m", "soar_mega.train", config, *settings], 1)
         (folder / "finished").touch()
 
     def _tool(self, title: str, script: str, *arguments: object, processes: int = 1) -> None:
