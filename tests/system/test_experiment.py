@@ -1,4 +1,4 @@
-"""The experiment's steps fit together, on a few pages; a second call does nothing anew."""
+"""The experiment's steps fit together, on a few pages; a second call trains nothing anew."""
 
 from __future__ import annotations
 
@@ -9,45 +9,46 @@ from pathlib import Path
 
 from PIL import Image
 
+from soar_mega.evaluation.experiment.arms import SAMPLINGS, SFT, SOAR
+from soar_mega.evaluation.experiment.report import write_report
+from soar_mega.evaluation.experiment.run import Experiment
+
 ROOT = Path(__file__).resolve().parents[2]
+SHORT = (
+    "train.max_train_steps=2",
+    "train.global_batch_size=4",
+    "train.micro_batch_size=2",
+    "checkpoint.checkpointing_steps=2",
+)
 
 
 def test_short_experiment(tmp_path: Path) -> None:
-    out = tmp_path / "experiment"
-    command = [sys.executable, str(ROOT / "tools/experiment.py"), "--out", str(out)]
-    command += ["--seeds", "1", "--pages", "32", "--pictures", "8"]
-    for setting in (
-        "train.max_train_steps=2",
-        "train.global_batch_size=4",
-        "train.micro_batch_size=2",
-        "checkpoint.checkpointing_steps=2",
-        "validation.validation_steps=null",
-    ):
-        command += ["--set", setting]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    logs = "".join(path.read_text()[-2000:] for path in (out / "logs").glob("*.log"))
-    assert done.returncode == 0, done.stdout + done.stderr + logs
-    assert "SOAR minus SFT" in done.stdout
-    content = json.loads((out / "summary.json").read_text())
-    arms = {"sft", "soar", "independent", "ideal", "sft_compute"}
-    assert content["by_seed"].keys() == arms
+    experiment = Experiment(ROOT, tmp_path, seeds=1, pictures=8, pages=32, overrides=SHORT)
+    arms = [SFT, SOAR]
+    found = experiment.run(arms, SAMPLINGS[:1])
+    assert "SOAR minus SFT" in write_report(tmp_path, found, arms, experiment.seeds)
+    content = json.loads((tmp_path / "summary.json").read_text())
     for arm in arms:
-        for metrics in content["by_seed"][arm].values():
-            assert 0 <= metrics["handwriting/correct"][0] <= 1
-    assert Image.open(out / "scores.png").size[0] > 500
-    before = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*") if path.is_file()}
-    again = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert again.returncode == 0, again.stderr
-    assert again.stdout.endswith(done.stdout[done.stdout.index("SOAR minus SFT") :])
-    after = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*") if path.is_file()}
-    assert before == after
+        assert 0 <= content["by_seed"][arm.name]["guided"]["handwriting/correct"][0] <= 1
+        record = tmp_path / f"runs/{arm.name}-1/checkpoints/step-00000002/trainer.json"
+        assert json.loads(record.read_text())["lineage"]["objective"] in arm.config.replace(
+            "handwriting_sft", "flow_matching"
+        )
+    assert Image.open(tmp_path / "scores.png").size[0] > 500
+    # Pretrained: pages are legible before any training here.
+    frechet = found["guided"]["scorers"]["handwriting_frechet"]["models"]["base"]["pixels"]
+    assert frechet["overall"]["value"] < 1
+    files = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+    before = [path.stat().st_mtime_ns for path in files]
+    assert experiment.run(arms, SAMPLINGS[:1]) == found
+    assert [path.stat().st_mtime_ns for path in files] == before
 
 
 def test_a_failing_step_names_its_log(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tools/experiment.py"), "--out", str(tmp_path / "x")]
-    command += ["--pages", "12", "--pictures", "2", "--set", "train.no_such_key=1"]
+    command += ["--pages", "-1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "the step 'train s" in done.stderr
+    assert "the step 'make pages' failed" in done.stderr
     log = Path(done.stderr.strip().rsplit("see ", 1)[1])
-    assert "train.no_such_key" in log.read_text()
+    assert "must be at least 0" in log.read_text()

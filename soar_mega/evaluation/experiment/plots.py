@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from soar_mega.evaluation.experiment.arms import PRIMARY, SAMPLINGS, Arm
+from soar_mega.evaluation.experiment.arms import PRIMARY, Arm
 from soar_mega.evaluation.experiment.statistics import estimate
 from soar_mega.evaluation.experiment.summary import BASE, METRICS, Results
 
@@ -20,7 +20,7 @@ def plot_scores(results: Results, arms: Sequence[Arm], path: Path) -> None:
     for panel, (metric, title) in zip(panels, METRICS.items(), strict=True):
         for place, arm in enumerate(arms):
             colour = _COLOURS[1:][place % (len(_COLOURS) - 1)]
-            for group, sampling in enumerate(SAMPLINGS):
+            for group, sampling in enumerate(results.samplings):
                 values = results.values(sampling.name, arm, metric)
                 found = estimate(values)
                 x = group + (place - (len(arms) - 1) / 2) * 0.8 / len(arms)
@@ -29,14 +29,15 @@ def plot_scores(results: Results, arms: Sequence[Arm], path: Path) -> None:
                 ends = [[found.mean - found.low], [found.high - found.mean]]
                 panel.errorbar(x, found.mean, ends, color="black", linewidth=1, capsize=2)
                 panel.plot([x] * len(values), values, ".", color="black", markersize=2.5)
-        for group, sampling in enumerate(SAMPLINGS):
+        for group, sampling in enumerate(results.samplings):
             label = "base" if group == 0 else None
             base = results.value(sampling.name, BASE, metric)
             panel.hlines(base, group - 0.45, group + 0.45, color=_COLOURS[0], label=label)
         names = [
-            f"{s.name.replace('_', ' ')}\n{s.steps} steps, g {s.guidance:g}" for s in SAMPLINGS
+            f"{s.name.replace('_', ' ')}\n{s.steps} steps, g {s.guidance:g}"
+            for s in results.samplings
         ]
-        panel.set_xticks(range(len(SAMPLINGS)), names, fontsize=8)
+        panel.set_xticks(range(len(results.samplings)), names, fontsize=8)
         panel.set_title(
             title + (" (higher is better)" if "correct" in title else " (lower is better)")
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from soar_mega.evaluation.experiment import plots, summary
-from soar_mega.evaluation.experiment.arms import PRIMARY, SAMPLINGS, SOAR, Arm
+from soar_mega.evaluation.experiment.arms import PRIMARY, SOAR, Arm
 
 
 def write_report(
@@ -43,12 +43,12 @@ def write_report(
         "forwards_per_sample": {arm.name: arm.forwards for arm in arms},
         "base": {
             s.name: {m: results.value(s.name, summary.BASE, m) for m in summary.METRICS}
-            for s in SAMPLINGS
+            for s in results.samplings
         },
         "by_seed": {
             arm.name: {
                 s.name: {m: results.values(s.name, arm, m) for m in summary.METRICS}
-                for s in SAMPLINGS
+                for s in results.samplings
             }
             for arm in arms
         },

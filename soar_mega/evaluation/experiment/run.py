@@ -58,15 +58,15 @@ class Experiment:
         self.pages, self.overrides = pages, tuple(overrides)
         self._began = time.monotonic()
 
-    def run(self, arms: Sequence[Arm]) -> dict[str, Any]:
-        """Everything that is not there yet; returns each sampling's ``results.json``.
+    def run(self, arms: Sequence[Arm], samplings: Sequence[Sampling] = SAMPLINGS) -> dict[str, Any]:
+        """Everything that is not there yet; returns each sampling's ``results.json`` by its name.
 
         Raises:
             ExperimentError: A step failed.
         """
         self.make_data()
         self.train(arms)
-        return {sampling.name: self.judge(arms, sampling) for sampling in SAMPLINGS}
+        return {sampling.name: self.judge(arms, sampling) for sampling in samplings}
 
     def make_data(self) -> None:
         """Pages, the pipeline folder, and both encoded."""

@@ -24,10 +24,14 @@ class Results:
     Args:
         found: By sampling's name, the content of its ``results.json``.
         seeds: Of every arm.
+
+    Attributes:
+        samplings: Those found, PRIMARY's among them.
     """
 
     def __init__(self, found: Mapping[str, Any], seeds: Sequence[int]) -> None:
         self._found, self.seeds = found, tuple(seeds)
+        self.samplings = [sampling for sampling in SAMPLINGS if sampling.name in found]
 
     def value(self, sampling: str, label: str, metric: str, category: str | None = None) -> float:
         """One number; NaN where there was none (a distance of too few digits)."""
@@ -55,10 +59,12 @@ def by_sampling(results: Results, arms: Sequence[Arm]) -> str:
     """Overall score and distances, one table a metric: a row an arm, a column a way to draw."""
     parts = []
     for metric, title in METRICS.items():
-        head = [title, *(f"{s.name.replace('_', ' ')}" for s in SAMPLINGS)]
-        rows = [["base", *(f"{results.value(s.name, BASE, metric):.3f}" for s in SAMPLINGS)]]
+        head = [title, *(f"{s.name.replace('_', ' ')}" for s in results.samplings)]
+        rows = [
+            ["base", *(f"{results.value(s.name, BASE, metric):.3f}" for s in results.samplings)]
+        ]
         for arm in arms:
-            cells = [str(estimate(results.values(s.name, arm, metric))) for s in SAMPLINGS]
+            cells = [str(estimate(results.values(s.name, arm, metric))) for s in results.samplings]
             rows.append([arm.title, *cells])
         parts.append(_markdown(head, rows))
     return "\n\n".join(parts)
@@ -78,7 +84,11 @@ def by_kind(results: Results, arms: Sequence[Arm], sampling: str = PRIMARY[0]) -
 def differences(results: Results, first: Arm, others: Sequence[Arm]) -> str:
     """``first`` minus each other arm, by way to draw, paired by seed."""
     rows = list(_difference_rows(results, first, others))
-    head = [f"{first.title} minus", "metric", *(s.name.replace("_", " ") for s in SAMPLINGS)]
+    head = [
+        f"{first.title} minus",
+        "metric",
+        *(s.name.replace("_", " ") for s in results.samplings),
+    ]
     return _markdown(head, rows)
 
 
@@ -86,7 +96,7 @@ def _difference_rows(results: Results, first: Arm, others: Sequence[Arm]) -> Ite
     for other in others:
         for metric, title in METRICS.items():
             cells = []
-            for sampling in SAMPLINGS:
+            for sampling in results.samplings:
                 found = results.difference(first, other, sampling.name, metric)
                 cells.append(f"**{found}**" if found.excludes_zero else str(found))
             yield [other.title, title, *cells]
