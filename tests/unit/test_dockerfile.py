@@ -190,7 +190,7 @@ def test_the_extras_that_an_image_has_add_nothing() -> None:
     pyproject = ROOT / "pyproject.toml"
     assert needed(pyproject, ["gpu", "dali"]) == needed(pyproject)
     demo = {name_of(line) for line in needed(pyproject, ["demo"])}
-    assert demo - {name_of(line) for line in needed(pyproject)} == {"scikit-learn"}
+    assert demo - {name_of(line) for line in needed(pyproject)} == {"matplotlib", "scikit-learn"}
     with pytest.raises(ValueError, match="extra 'gpus' must be one of dali, demo"):
         needed(pyproject, ["gpus"])
 

@@ -161,7 +161,7 @@ def test_controls_without_a_rollout(states: str, scheme: str, grid: str) -> None
 
 def test_independent_states_are_more_draws_of_sft() -> None:
     """With weight 1 the loss is the mean over 1 + N draws, each as likely as the base's."""
-    sizes, tries = (BATCH,), 400
+    sizes, tries = (BATCH,), 100
     config = settings(aux_states="independent", lambda_aux=1.0, trajectory_length=1)
     losses = torch.zeros(2, tries, dtype=torch.float64)
     for trial in range(tries):

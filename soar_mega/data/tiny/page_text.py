@@ -100,4 +100,4 @@ def load_text_parts(path: Path = SHIPPED_WEIGHTS) -> dict[str, Any]:
     Raises:
         FileNotFoundError: If the weights are not there.
     """
-    return tiny_text.load_encoders(make_tokenizers(), SIZES, path)
+    return tiny_text.load_encoders(make_tokenizers(), SIZES, path, "page-text")

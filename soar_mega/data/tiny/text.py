@@ -335,11 +335,19 @@ def load_text_parts(sizes: TextSizes, path: Path = SHIPPED_WEIGHTS) -> dict[str,
     Raises:
         FileNotFoundError: If the weights are not there.
     """
-    return load_encoders(make_tokenizers(sizes.text_length), sizes, path)
+    return load_encoders(make_tokenizers(sizes.text_length), sizes, path, "text")
 
 
-def load_encoders(tokenizers: dict[str, Any], sizes: TextSizes, path: Path) -> dict[str, Any]:
+def load_encoders(
+    tokenizers: dict[str, Any], sizes: TextSizes, path: Path, part: str
+) -> dict[str, Any]:
     """Trained fp32 encoders that fit some tokenizers, and those.
+
+    Args:
+        tokenizers: As ``make_tokenizers`` gives them.
+        sizes: Of the encoders.
+        path: Of the weights.
+        part: What ``tools/train_tiny_parts.py`` calls them.
 
     Raises:
         FileNotFoundError: If the weights are not there.
@@ -348,8 +356,8 @@ def load_encoders(tokenizers: dict[str, Any], sizes: TextSizes, path: Path) -> d
 
     if not path.is_file():
         raise FileNotFoundError(
-            f"No text encoder weights at {path}. Make them with tools/train_tiny_parts.py "
-            "(its --help says which part)"
+            f"No text encoder weights at {path}. "
+            f"Make them: python tools/train_tiny_parts.py {part} --out {path}"
         )
     encoders = make_encoders(tokenizers, sizes)
     load_model(nn.ModuleDict(encoders).half(), str(path))
