@@ -29,7 +29,7 @@ experiment: $(DEMO_READY) ## SOAR against SFT and its controls: tables and plots
 experiment-full: $(DEMO_READY) ## the same with the ablations
 	$(BIN)/python tools/experiment.py --full
 
-test: check ## static checks and the tests, within 40 minutes on 2 cores
+test: check ## static checks and the tests, about 55 minutes on 2 cores
 	$(BIN)/python -m pytest -m "not full" --durations=40
 
 test-full: check ## static checks and all tests, the long matrices too
