@@ -11,12 +11,14 @@ from pathlib import Path
 
 import torch
 
+from soar_mega.config import ConfigError
 from soar_mega.data.encoded.fingerprint import encoder_fingerprint
 from soar_mega.data.validation import held_out
 from soar_mega.evaluation.exposure_bias import measure
 from soar_mega.evaluation.exposure_plot import plot
 from soar_mega.evaluation.exposure_report import report, table
 from soar_mega.evaluation.models import compute_dtype, find_model, load_model
+from soar_mega.evaluation.plan import label_models
 from soar_mega.parallel.mesh import Mesh
 
 _EPILOG = """\
@@ -88,23 +90,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _labelled(models: list[str]) -> dict[str, str]:
-    result: dict[str, str] = {}
-    for model in models:
-        label, equals, path = model.partition("=")
-        if not equals:
-            label, path = Path(model).name, model
-        if not label or label in result:
-            raise ValueError(f"MODEL {model}: its label is empty or taken; write LABEL={path}")
-        result[label] = path
-    return result
-
-
 def _measure(args: argparse.Namespace) -> None:
     mesh = Mesh.single("cuda" if torch.cuda.is_available() else "cpu")
     dtype = compute_dtype(mesh.device)
     sources = {
-        label: find_model(path, args.weights) for label, path in _labelled(args.models).items()
+        label: find_model(path, args.weights) for label, path in label_models(args.models).items()
     }
     first = next(iter(sources.values()))
     for label, source in sources.items():
@@ -154,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
         if args.out.exists() and any(args.out.iterdir()):
             raise ValueError(f"--out {args.out} is not empty")
         _measure(args)
-    except (ValueError, OSError) as error:
+    except (ConfigError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"wrote {args.out}")
 

@@ -24,7 +24,16 @@ def _report(step: int, loss: float, seconds: float) -> None:
 
 
 def _train_vae(arguments: argparse.Namespace) -> None:
-    vae = tiny_vae.train_vae(
+    held_out = digits.load_scans("held_out")
+    if arguments.part == "vae":
+        train = tiny_vae.train_vae
+        scenes = digits.held_out_scenes(256, arguments.seed)
+        pictures = digits.draw_many(scenes, held_out, arguments.seed)
+    else:
+        train = handwriting.train_vae
+        some = pages.make_pages(256, arguments.seed, held_out=True)
+        pictures = pages.draw_pages(some, held_out, arguments.seed)
+    vae = train(
         seed=arguments.seed,
         steps=arguments.steps,
         batch_size=arguments.batch_size,
@@ -33,27 +42,8 @@ def _train_vae(arguments: argparse.Namespace) -> None:
     )
     tiny_vae.save_vae(vae, arguments.out)
     vae = tiny_vae.load_vae(arguments.out)
-    pictures = digits.draw_many(
-        digits.held_out_scenes(256, arguments.seed), digits.load_scans("held_out"), arguments.seed
-    )
     again = tiny_vae.decode(vae, tiny_vae.encode(vae, pictures))
     print(f"PSNR on held-out pictures: {tiny_vae.psnr(pictures, again):.1f} dB")
-
-
-def _train_page_vae(arguments: argparse.Namespace) -> None:
-    vae = handwriting.train_vae(
-        seed=arguments.seed,
-        steps=arguments.steps,
-        batch_size=arguments.batch_size,
-        learning_rate=arguments.learning_rate,
-        report=_report,
-    )
-    tiny_vae.save_vae(vae, arguments.out)
-    vae = tiny_vae.load_vae(arguments.out)
-    some = pages.make_pages(256, arguments.seed, held_out=True)
-    pictures = pages.draw_pages(some, digits.load_scans("held_out"), arguments.seed)
-    again = tiny_vae.decode(vae, tiny_vae.encode(vae, pictures))
-    print(f"PSNR on held-out pages: {tiny_vae.psnr(pictures, again):.1f} dB")
 
 
 def _train_page_text(arguments: argparse.Namespace) -> None:
@@ -71,16 +61,16 @@ def main() -> None:
     )
     commands = parser.add_subparsers(dest="part", required=True)
     with_defaults = argparse.ArgumentDefaultsHelpFormatter
-    for name, size, steps, peak, out, train in (
-        ("vae", 12, 2400, 3e-3, tiny_vae.SHIPPED_WEIGHTS, _train_vae),
-        ("page-vae", 16, 2000, 2e-3, handwriting.SHIPPED_VAE, _train_page_vae),
+    for name, size, steps, peak, out in (
+        ("vae", 12, 2400, 3e-3, tiny_vae.SHIPPED_WEIGHTS),
+        ("page-vae", 16, 2000, 2e-3, handwriting.SHIPPED_VAE),
     ):
         vae = commands.add_parser(name, help="an AutoencoderKL", formatter_class=with_defaults)
         vae.add_argument("--out", type=Path, default=out, help="file to write")
         vae.add_argument("--steps", type=int, default=steps, help="optimiser steps")
         vae.add_argument("--batch-size", type=int, default=size, help="whole pictures in a step")
         vae.add_argument("--learning-rate", type=float, default=peak, help="peak learning rate")
-        vae.set_defaults(function=train)
+        vae.set_defaults(function=_train_vae)
     for name, out, train in (
         ("text", tiny_text.SHIPPED_WEIGHTS, _train_text),
         ("page-text", page_text.SHIPPED_WEIGHTS, _train_page_text),

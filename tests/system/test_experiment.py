@@ -31,9 +31,8 @@ def test_short_experiment(tmp_path: Path) -> None:
     for arm in arms:
         assert 0 <= content["by_seed"][arm.name]["guided"]["handwriting/correct"][0] <= 1
         record = tmp_path / f"runs/{arm.name}-1/checkpoints/step-00000002/trainer.json"
-        assert json.loads(record.read_text())["lineage"]["objective"] in arm.config.replace(
-            "handwriting_sft", "flow_matching"
-        )
+        lineage = json.loads(record.read_text())["lineage"]
+        assert lineage["objective"] == {"sft": "flow_matching", "soar": "soar"}[arm.name]
     assert Image.open(tmp_path / "scores.png").size[0] > 500
     # Pretrained: pages are legible before any training here.
     frechet = found["guided"]["scorers"]["handwriting_frechet"]["models"]["base"]["pixels"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, Self
 
@@ -69,15 +70,21 @@ class HandwritingFrechet:
         Raises:
             ValueError: A prompt is no caption of a page, or a picture has another size.
         """
-        pages = [parse_caption(prompt.text) for prompt in prompts]
-        scans = digits.load_scans("held_out")
-        real = draw_pages(pages * _REFERENCE_DRAWINGS, scans, _REFERENCE_SEED)
-        real_NF = _digit_features([Image.fromarray(page) for page in real])
+        real_NF = _real_features(tuple(prompt.text for prompt in prompts))
         drawn_NF = _digit_features(pictures)
         if len(drawn_NF) < 2:
             return {"pixels": float("nan"), "reader": float("nan")}
         real_side, drawn_side = feature_spaces(real_NF), feature_spaces(drawn_NF)
         return {space: frechet_distance(drawn_side[space], real_side[space]) for space in real_side}
+
+
+@lru_cache(maxsize=1)
+def _real_features(captions: tuple[str, ...]) -> np.ndarray:
+    """Of the real side, kept: every model of an evaluation is compared with the same."""
+    pages = [parse_caption(caption) for caption in captions]
+    scans = digits.load_scans("held_out")
+    real = draw_pages(pages * _REFERENCE_DRAWINGS, scans, _REFERENCE_SEED)
+    return _digit_features([Image.fromarray(page) for page in real])
 
 
 def _digit_features(pictures: Sequence[Image.Image]) -> np.ndarray:
