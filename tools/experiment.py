@@ -7,14 +7,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from soar_mega.evaluation.experiment.arms import ABLATIONS, MAIN, SEEDS
+from soar_mega.evaluation.experiment.arms import ABLATIONS, EXPOSED, MAIN, SAMPLINGS, SEEDS
 from soar_mega.evaluation.experiment.report import write_report
 from soar_mega.evaluation.experiment.run import Experiment, ExperimentError
 
 _EPILOG = """\
 DIR gets data/ and encoded/ (pages), runs/ARM-SEED, pictures/ (drawn and scored by
-tools/evaluate.py, one folder a way to draw), logs/, tables.md, summary.json, scores.png and
-differences.png. The same command goes on where it was stopped.
+tools/evaluate.py, one folder a way to draw), exposure/ (of SFT, SOAR and its controls, seed 1), logs/,
+tables.md, summary.json, scores.png and differences.png. The same command goes on where it was stopped.
 
 examples:
   tools/experiment.py
@@ -64,6 +64,7 @@ def main() -> int:
     )
     try:
         found = experiment.run(arms)
+        experiment.measure_exposure(EXPOSED, SAMPLINGS[0])
     except ExperimentError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

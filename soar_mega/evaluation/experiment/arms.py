@@ -74,6 +74,7 @@ EQUAL_COMPUTE = Arm(
     steps=round(STEPS * SOAR.forwards / SFT.forwards),
 )
 MAIN = (SFT, SOAR, INDEPENDENT, IDEAL, EQUAL_COMPUTE)
+EXPOSED = (SFT, SOAR, INDEPENDENT)  # whose exposure bias is drawn; the first is compared with
 
 
 def _soar(name: str, title: str, forwards: int, *overrides: str) -> Arm:

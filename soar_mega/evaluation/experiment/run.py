@@ -23,6 +23,7 @@ from soar_mega.evaluation.experiment.arms import SAMPLINGS, Arm, Sampling
 _SETS = ("curated", "heldout")
 _SCORERS = ("handwriting", "handwriting_frechet")
 BASE = "base"
+_EXPOSED = 256  # samples whose way to the picture is followed
 
 
 class ExperimentError(RuntimeError):
@@ -117,6 +118,22 @@ class Experiment:
         )
         found: dict[str, Any] = json.loads((out / "results.json").read_text(encoding="utf-8"))
         return found
+
+    def measure_exposure(self, arms: Sequence[Arm], sampling: Sampling) -> None:
+        """Exposure bias of the arms' first runs along ``sampling``'s steps, into ``exposure/``."""
+        out = self.out / "exposure"
+        if (out / "exposure_bias.png").is_file():
+            return
+        seed = self.seeds[0]
+        self._tool(
+            "exposure bias",
+            "tools/exposure_bias.py",
+            *(f"{arm.name}={self.out / 'runs' / f'{arm.name}-{seed}'}" for arm in arms),
+            *("--shards", self.out / "encoded" / "heldout" / "*.tar"),
+            *("--samples", min(self.pictures, _EXPOSED), "--batch", 64),
+            *("--steps", sampling.steps, "--guidance", sampling.guidance),
+            *("--out", out),
+        )
 
     def _arm(self, arm: Arm, seed: int) -> None:
         run = f"{arm.name}-{seed}"
