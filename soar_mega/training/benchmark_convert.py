@@ -33,7 +33,7 @@ from soar_mega.training.benchmark_reshard import reshard
 
 LAYOUT = (2, 2)  # tensor parallel, pipeline parallel
 TO_OURS, BACK, COPY = "convert_from_diffusers", "convert_to_diffusers", "cp, then sync"
-START = "start of Python and its packages"
+START = "start of Python"
 
 
 def write_random_transformer(architecture: Path, out: Path) -> int:
