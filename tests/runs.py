@@ -18,6 +18,7 @@ from torch import Tensor
 from soar_mega import train as command_line
 from soar_mega.checkpoint import store
 from soar_mega.checkpoint.boxes import BoxedTensor
+from soar_mega.checkpoint.torch_arrays import DTYPES
 from soar_mega.config import Config, load_config
 from soar_mega.data.tiny import digits
 from soar_mega.data.tiny.pipeline import TinySizes, make_tiny, write_shards
@@ -169,7 +170,8 @@ def state(path: Path) -> dict[str, Tensor]:
     """Every global tensor of a checkpoint: weights, EMA and Adam's moments."""
     reader = store.StateReader(path)
     tensors = {
-        name: torch.empty(shape, dtype=reader.dtypes[name]) for name, shape in reader.shapes.items()
+        name: torch.empty(shape, dtype=DTYPES[reader.dtypes[name]])
+        for name, shape in reader.shapes.items()
     }
     whole = {name: BoxedTensor.whole(tensor) for name, tensor in tensors.items()}
     store.load(path, whole, Mesh.single())

@@ -7,12 +7,10 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
 from soar_mega.checkpoint.errors import CheckpointError
 from soar_mega.checkpoint.from_diffusers import convert_from_diffusers
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}  # to safetensors codes
 _EPILOG = """\
 examples:
   # a published model as a verified starting point of runs in any layout

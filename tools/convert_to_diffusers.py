@@ -7,13 +7,11 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
 from soar_mega.checkpoint.errors import CheckpointError
 from soar_mega.checkpoint.exporter import export, export_single_file
 from soar_mega.checkpoint.safetensors_files import MAX_SHARD_BYTES
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}  # to safetensors codes
 _EPILOG = """\
 examples:
   # the newest checkpoint of a run, as a folder for StableDiffusion3Pipeline.from_pretrained
@@ -104,8 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
             )
         print(f"wrote {out}")
         if args.verify:
-            # Not above: it imports the model and torch's distributed checkpoint, two seconds that a
-            # plain conversion does not need.
+            # Not above: it imports torch, seconds that a plain conversion does not need.
             from soar_mega.training.verify_export import verify_export
 
             difference = verify_export(args.checkpoint, out, args.weights, dtype)

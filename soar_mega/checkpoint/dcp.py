@@ -53,6 +53,7 @@ from soar_mega.checkpoint.state_files import (
     read_index,
     write_index,
 )
+from soar_mega.checkpoint.torch_arrays import DTYPES, as_array, code_of
 
 # torch warns that one process saves or loads alone; that is what is meant here. Not around the
 # calls: the list of filters is the whole process's, and saves run in a thread.
@@ -147,7 +148,7 @@ class Writer(StorageWriter):
             for item in items:
                 tensor = planner.resolve_data(item)
                 assert isinstance(tensor, Tensor)
-                file.write(tensor)
+                file.write(as_array(tensor.cpu()))
                 start = file.starts[_key(item.index)]
                 results.append(WriteResult(item.index, tensor.nbytes, (name, start)))
             self.hashes[name] = file.close()
@@ -166,7 +167,8 @@ class Writer(StorageWriter):
             for chunk in entry.chunks:
                 file, start = places[MetadataIndex(name, chunk.offsets)]
                 boxes.append(StoredBox(tuple(chunk.offsets), tuple(chunk.sizes), file, start))
-            tensors[name] = StoredTensor(tuple(entry.size), entry.properties.dtype, tuple(boxes))
+            dtype = code_of(entry.properties.dtype)
+            tensors[name] = StoredTensor(tuple(entry.size), dtype, tuple(boxes))
         write_index(self._folder / INDEX, tensors)
 
     @classmethod
@@ -180,9 +182,9 @@ def _key(index: MetadataIndex) -> str:
     return f"{index.fqn}@{','.join(map(str, index.offset or ()))}"
 
 
-def _box_of(item: WriteItem) -> tuple[tuple[int, ...], torch.dtype]:
+def _box_of(item: WriteItem) -> tuple[tuple[int, ...], str]:
     assert item.tensor_data is not None
-    return tuple(item.tensor_data.chunk.sizes), item.tensor_data.properties.dtype
+    return tuple(item.tensor_data.chunk.sizes), code_of(item.tensor_data.properties.dtype)
 
 
 class Reader(StorageReader):
@@ -215,7 +217,7 @@ class Reader(StorageReader):
                 chunks.append(ChunkStorageMetadata(offset, torch.Size(box.shape)))
                 places[MetadataIndex(name, offset)] = box
             metadata[name] = TensorStorageMetadata(
-                TensorProperties(dtype=tensor.dtype), torch.Size(tensor.shape), chunks
+                TensorProperties(dtype=DTYPES[tensor.dtype]), torch.Size(tensor.shape), chunks
             )
         return Metadata(state_dict_metadata=dict(metadata), storage_data=places)
 
@@ -260,10 +262,10 @@ class Reader(StorageReader):
                 for first, size in zip(item.storage_offsets, item.lengths, strict=True)
             )
             target = planner.resolve_tensor(item).detach()
-            stored = self.tensors[name].dtype
+            stored = DTYPES[self.tensors[name].dtype]
             direct = target.dtype == stored and target.device.type == "cpu"
             piece = target if direct else torch.empty(target.shape, dtype=stored)
-            read_box(file, box.start, box.shape, region, piece)
+            read_box(file, box.start, box.shape, region, as_array(piece))
             if not direct:
                 target.copy_(piece)
             planner.commit_tensor(item, target)

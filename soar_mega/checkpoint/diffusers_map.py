@@ -12,17 +12,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from soar_mega.checkpoint.errors import CheckpointError, listing
+from soar_mega.checkpoint.raw_tensors import Array
 from soar_mega.model.config import MMDiTConfig
 
 POSITION = "patch_embed.position"
 _TIMESTEP_CHANNELS = 256
 
 Region = tuple[slice, ...]
-Source = Callable[[str, Region | None], Tensor]
+Source = Callable[[str, Region | None], Array]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Entry:
     keys: tuple[str, ...]
     key_shape: tuple[int, ...]
 
-    def to_ours(self, source: Source, region: Region | None = None) -> Tensor:
+    def to_ours(self, source: Source, region: Region | None = None) -> Array:
         """Our tensor, or the slice ``region`` of it, reading no more than that where shapes allow.
 
         Args:
@@ -51,14 +51,14 @@ class Entry:
         region = region or tuple(slice(0, size) for size in self.shape)
         if len(self.keys) > 1:
             first, *rest = region
-            return torch.stack([source(key, tuple(rest)) for key in self.keys[first]])
+            return np.stack([source(key, tuple(rest)) for key in self.keys[first]])
         if self.shape == self.key_shape:
             return source(self.keys[0], region)
         return source(self.keys[0], None).reshape(self.shape)[region]
 
-    def to_diffusers(self, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    def to_diffusers(self, tensor: Array) -> Iterator[tuple[str, Array]]:
         """The diffusers tensors that our global ``tensor`` holds, as views where possible."""
-        parts = tensor.unbind(0) if len(self.keys) > 1 else (tensor,)
+        parts = tensor if len(self.keys) > 1 else (tensor,)
         for key, part in zip(self.keys, parts, strict=True):
             yield key, part.reshape(self.key_shape)
 

@@ -16,21 +16,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from soar_mega import hub
 from soar_mega.checkpoint import offline
 from soar_mega.checkpoint.diffusers_map import POSITION, Entry, mapping
 from soar_mega.checkpoint.errors import CheckpointError, listing
 from soar_mega.checkpoint.folders import find
-from soar_mega.checkpoint.importer import LINEAGE, Weights, kind_of
 from soar_mega.checkpoint.manifest import verify
 from soar_mega.checkpoint.model_card import lineage_record, model_card
 from soar_mega.checkpoint.original_map import Original, original_keys
-from soar_mega.checkpoint.raw_tensors import read_ahead, regions
+from soar_mega.checkpoint.raw_tensors import Array, cast, read_ahead, regions
 from soar_mega.checkpoint.safetensors_files import MAX_SHARD_BYTES, StreamWriter
 from soar_mega.checkpoint.synced import sync_folder, write_json
+from soar_mega.checkpoint.weight_sources import LINEAGE, Weights, kind_of
 from soar_mega.model.config import MMDiTConfig
 
 
@@ -40,7 +39,7 @@ def export(
     base: Path | str | None = None,
     weights: Weights = "ema",
     transformer_only: bool = False,
-    dtype: torch.dtype | None = None,
+    dtype: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
     """Write a folder that ``StableDiffusion3Pipeline.from_pretrained`` opens.
@@ -53,8 +52,8 @@ def export(
         weights: ``ema`` or ``plain``.
         transformer_only: Write the transformer alone, right into ``out``, for
             ``SD3Transformer2DModel.from_pretrained``.
-        dtype: Cast weights to this; None keeps the checkpoint's (fp32). The position table is cast
-            only where no bit is lost.
+        dtype: Cast weights to this (a safetensors code); None keeps the checkpoint's (fp32). The
+            position table is cast only where no bit is lost.
         max_shard_bytes: Largest safetensors file.
 
     Returns:
@@ -105,7 +104,7 @@ def export_single_file(
     checkpoint: Path | str,
     out: Path | str,
     weights: Weights = "ema",
-    dtype: torch.dtype | None = None,
+    dtype: str | None = None,
 ) -> Path:
     """Write the transformer as one file in the key layout SD3 was first published in.
 
@@ -143,7 +142,7 @@ def _write_single_file(
     state: offline.StateReader,
     sources: list[tuple[str, Entry]],
     keys: Mapping[str, Original],
-    dtype: torch.dtype | None,
+    dtype: str | None,
 ) -> None:
     stored = {entry.name: name for name, entry in sources}
     table = _position_dtype(state, dtype)
@@ -162,20 +161,20 @@ def _write_single_file(
             for region in _in_file_order(state.shapes[name], original.swapped, state, name)
         )
         for key, piece in read_ahead(pieces):
-            writer.write(key, piece.to(plan[key][1]))
+            writer.write(key, cast(piece, plan[key][1]))
 
 
 def _in_file_order(
     shape: tuple[int, ...], swapped: bool, state: offline.StateReader, name: str
 ) -> Iterator[tuple[slice, ...]]:
     """Regions of a stored tensor, in the order in which the file has their elements."""
-    itemsize = state.dtypes[name].itemsize
+    dtype = state.dtypes[name]
     if not swapped:
-        yield from regions(shape, itemsize)
+        yield from regions(shape, dtype)
         return
     half = shape[0] // 2
     for start in (half, 0):
-        for first, *rest in regions((half, *shape[1:]), itemsize):
+        for first, *rest in regions((half, *shape[1:]), dtype):
             yield (slice(first.start + start, first.stop + start), *rest)
 
 
@@ -278,7 +277,7 @@ def _write_weights(
     folder: Path,
     state: offline.StateReader,
     sources: list[tuple[str, Entry]],
-    dtype: torch.dtype | None,
+    dtype: str | None,
     max_shard_bytes: int,
 ) -> None:
     table = _position_dtype(state, dtype)
@@ -294,29 +293,29 @@ def _write_weights(
             for piece in _pieces(state, name, entry, number)
         )
         for key, piece in read_ahead(pieces):
-            writer.write(key, piece.to(plan[key][1]))
+            writer.write(key, cast(piece, plan[key][1]))
 
 
-def _pieces(state: offline.StateReader, name: str, entry: Entry, number: int) -> Iterator[Tensor]:
+def _pieces(state: offline.StateReader, name: str, entry: Entry, number: int) -> Iterator[Array]:
     """The elements of one of an entry's diffusers tensors, row-major, in pieces of some MiB."""
-    shape, itemsize = state.shapes[name], state.dtypes[name].itemsize
+    shape, dtype = state.shapes[name], state.dtypes[name]
     if len(entry.keys) == 1:  # a reshaped tensor has the same elements in the same order
-        parts = regions(shape, itemsize)
+        parts = regions(shape, dtype)
     else:
         one = slice(number, number + 1)
-        parts = ((one, *rest) for rest in regions(shape[1:], itemsize))
+        parts = ((one, *rest) for rest in regions(shape[1:], dtype))
     for region in parts:
         yield state.read(name, region)
 
 
-def _position_dtype(state: offline.StateReader, dtype: torch.dtype | None) -> torch.dtype:
+def _position_dtype(state: offline.StateReader, dtype: str | None) -> str:
     """``dtype`` if the position table loses no bit in it, else the stored one."""
     name = offline.MODEL + POSITION
     stored = state.dtypes[name]
     if dtype is None:
         return stored
-    for region in regions(state.shapes[name], stored.itemsize):
+    for region in regions(state.shapes[name], stored):
         piece = state.read(name, region)
-        if not torch.equal(piece.to(dtype).to(stored), piece):
+        if not np.array_equal(cast(cast(piece, dtype), stored), piece):
             return stored
     return dtype

@@ -9,27 +9,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from soar_mega.checkpoint import offline
 from soar_mega.checkpoint.diffusers_map import POSITION, Entry, check_keys, mapping
 from soar_mega.checkpoint.errors import CheckpointError
 from soar_mega.checkpoint.hashing import HashAlgorithm
-from soar_mega.checkpoint.importer import (
+from soar_mega.checkpoint.raw_tensors import Array, cast, regions
+from soar_mega.checkpoint.safetensors_files import SafetensorsFolder
+from soar_mega.checkpoint.weight_sources import (
     ancestors,
     read_transformer_config,
     transformer_folder,
 )
-from soar_mega.checkpoint.raw_tensors import regions
-from soar_mega.checkpoint.safetensors_files import SafetensorsFolder
 from soar_mega.model.config import MMDiTConfig
 
 
 def convert_from_diffusers(
     source: Path | str,
     out: Path | str,
-    dtype: torch.dtype | None = None,
+    dtype: str | None = None,
     algorithm: HashAlgorithm = "xxh3-128",
 ) -> Path:
     """Write a checkpoint with the weights of a diffusers folder.
@@ -37,7 +34,8 @@ def convert_from_diffusers(
     Args:
         source: A diffusers pipeline folder or a transformer alone; one file or shards.
         out: The checkpoint's folder; must be absent. It appears complete or not at all.
-        dtype: Cast weights to this; None keeps each one's. The position table is never cast.
+        dtype: Cast weights to this (a safetensors code); None keeps each one's. The position table
+            is never cast.
         algorithm: Of the hashes.
 
     Returns:
@@ -65,25 +63,25 @@ def convert_from_diffusers(
         "lineage": {"run": out.name, "parents": ancestors(source)},
     }
 
-    def parts() -> Iterator[Tensor]:
+    def parts() -> Iterator[Array]:
         for name, entry in table.items():
             kept = plan[offline.MODEL + name][1]
             for key in entry.keys:
-                for region in regions(entry.key_shape, files.dtypes[key].itemsize):
-                    yield files.read(key, region).to(kept)
+                for region in regions(entry.key_shape, files.dtypes[key]):
+                    yield cast(files.read(key, region), kept)
 
     out.parent.mkdir(parents=True, exist_ok=True)
     offline.write(out, plan, parts(), extra, algorithm)
     return out
 
 
-def _dtype_of(files: SafetensorsFolder, entry: Entry, dtype: torch.dtype | None) -> torch.dtype:
+def _dtype_of(files: SafetensorsFolder, entry: Entry, dtype: str | None) -> str:
     found = {files.dtypes[key] for key in entry.keys}
     if dtype is not None and entry.name != POSITION:
         return dtype
     if len(found) > 1:
         raise CheckpointError(
-            f"{', '.join(entry.keys)} are stored in different dtypes ({found}): choose one for all "
-            "weights with --dtype"
+            f"{', '.join(entry.keys)} are stored in different dtypes "
+            f"({', '.join(sorted(found))}): choose one for all weights with --dtype"
         )
     return found.pop()

@@ -5,76 +5,33 @@ Each rank reads its own slices, tensor by tensor.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-from soar_mega import hub
+from soar_mega.checkpoint import store
 from soar_mega.checkpoint.agree import on_rank_0
+from soar_mega.checkpoint.boxes import BoxedTensor
 from soar_mega.checkpoint.diffusers_map import POSITION, check_keys, mapping
 from soar_mega.checkpoint.errors import CheckpointError, listing
-from soar_mega.checkpoint.folders import find
 from soar_mega.checkpoint.manifest import identity
 from soar_mega.checkpoint.safetensors_files import SafetensorsFolder
 from soar_mega.checkpoint.selection import select_source
+from soar_mega.checkpoint.torch_arrays import as_tensor
+from soar_mega.checkpoint.weight_sources import (
+    Weights,
+    ancestors,
+    find_weights,
+    kind_of,
+    read_transformer_config,
+    transformer_folder,
+)
 from soar_mega.model.config import MMDiTConfig
 from soar_mega.parallel.layout import fill_parameter, layout_of, local_slice
 from soar_mega.parallel.mesh import Mesh
-
-Weights = Literal["ema", "plain"]
-LINEAGE = "soar_mega_lineage.json"  # beside an exported transformer's config
-
-
-def kind_of(extra: Mapping[str, Any], asked: Weights) -> Weights:
-    """Which weights to take from a checkpoint: one that holds weights only has no average of them.
-
-    Args:
-        extra: Its ``trainer.json``.
-        asked: Which of a training state's.
-    """
-    return "plain" if extra.get("weights_only") else asked
-
-
-def transformer_folder(folder: Path | str) -> Path:
-    """Where the transformer of a diffusers folder lies.
-
-    ``folder/transformer``, or ``folder`` itself if it holds a transformer alone.
-
-    Raises:
-        CheckpointError: Names the file that a diffusers model would have and this folder has not.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} does not exist: a diffusers model folder was expected")
-    for candidate in (folder / "transformer", folder):
-        if (candidate / "config.json").is_file():
-            return candidate
-    raise CheckpointError(
-        f"{folder} is no diffusers model folder: "
-        f"{folder / 'transformer' / 'config.json'} is missing"
-    )
-
-
-def read_transformer_config(folder: Path | str) -> dict[str, Any]:
-    """The transformer's config, as diffusers wrote it.
-
-    Raises:
-        CheckpointError: No diffusers folder, or its transformer is of another class.
-    """
-    path = transformer_folder(folder) / "config.json"
-    try:
-        config: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is no JSON: {error}") from error
-    if config.get("_class_name") != "SD3Transformer2DModel":
-        raise CheckpointError(
-            f"{path}: the class is {config.get('_class_name')}, expected SD3Transformer2DModel"
-        )
-    return config
 
 
 def load_diffusers_transformer(
@@ -101,10 +58,10 @@ def load_diffusers_transformer(
     with torch.no_grad():
         for name, parameter in _parameters(modules):
             region = local_slice(layout_of(parameter), mesh)
-            fill_parameter(parameter, mesh, table[name].to_ours(files.read, region))
+            fill_parameter(parameter, mesh, as_tensor(table[name].to_ours(files.read, region)))
     for module in modules:
         if POSITION in dict(module.named_buffers()):
-            position = table[POSITION].to_ours(files.read).to(mesh.device)
+            position = as_tensor(table[POSITION].to_ours(files.read)).to(mesh.device)
             _set_buffer(module, POSITION, position)
 
 
@@ -125,10 +82,6 @@ def load_checkpoint_weights(
     Raises:
         CheckpointError: On every rank: see ``store.load``.
     """
-    # Not above: see ``offline``.
-    from soar_mega.checkpoint import store
-    from soar_mega.checkpoint.boxes import BoxedTensor
-
     extra = on_rank_0(mesh, lambda: store.read_extra(path), f"cannot read {path}")
     prefix = store.EMA if kind_of(extra, weights) == "ema" else store.MODEL
     wanted: dict[str, BoxedTensor] = {}
@@ -173,43 +126,6 @@ def load_weights(
     hashed = on_rank_0(mesh, lambda: identity(path), what)
     here = {"weights": kind_of(extra, weights), "checkpoint": str(path), "hash": hashed}
     return [{**record, **here}, *parents]
-
-
-def ancestors(folder: Path | str) -> list[dict[str, Any]]:
-    """Where the weights of a diffusers folder come from, as far as is known, newest first.
-
-    Raises:
-        CheckpointError: An export of ours whose record is damaged.
-    """
-    path = transformer_folder(folder) / LINEAGE
-    here: dict[str, Any] = {"pretrained": str(folder)}
-    if not path.is_file():
-        return [here]
-    try:
-        record = json.loads(path.read_text())
-        return [{**here, **{k: v for k, v in record.items() if k != "parents"}}, *record["parents"]]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error!r}") from error
-
-
-def find_weights(source: Path | str) -> Path | None:
-    """The checkpoint that ``source`` names, or None if it is a diffusers folder.
-
-    Raises:
-        CheckpointError: It is neither.
-    """
-    source = Path(source)
-    for marker in ("model_index.json", "config.json", "transformer"):
-        if (source / marker).exists():
-            read_transformer_config(source)
-            return None
-    if not source.exists() and (hub.parse(source) or hub.HUB_NAME.fullmatch(str(source))):
-        raise CheckpointError(
-            f"{source} does not exist: a folder was expected. To start from a model of the Hugging "
-            "Face hub, name it in model.pretrained and its commit in model.revision, with "
-            "model.init = pretrained"
-        )
-    return find(source)
 
 
 def _parameters(modules: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:

@@ -8,24 +8,19 @@ or a person did to the files since.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from soar_mega.checkpoint.agree import gather, on_rank_0
 from soar_mega.checkpoint.errors import CheckpointError, listing
 from soar_mega.checkpoint.hashing import hash_file, new_hash
 from soar_mega.checkpoint.state_files import INDEX
 from soar_mega.checkpoint.synced import write_json
-from soar_mega.parallel.mesh import Mesh
 
 MANIFEST = "manifest.json"
 TRAINER = "trainer.json"
-# How long a file that rank 0 sees may take to show up on another machine (NFS caches listings).
-PATIENCE_S = 20.0
 _READERS = 4
 
 
@@ -107,7 +102,7 @@ def check(path: Path) -> None:
         )
     damage = []
     for name, (size, _) in read_manifest(path).files.items():
-        found = _size(path / name)
+        found = size_of(path / name)
         if found != size:
             state = "missing" if found is None else f"{found} bytes instead of {size}"
             damage.append(f"{name}: {state}")
@@ -140,58 +135,8 @@ def wrong_hashes(path: Path, manifest: Manifest, names: Iterable[str]) -> list[s
         return [found for found in readers.map(problem, sorted(names)) if found is not None]
 
 
-def damage_of(path: Path, mesh: Mesh) -> str | None:
-    """What is wrong with a checkpoint, each rank reading its part; the same answer on all.
-
-    Raises:
-        CheckpointError: On every rank: some do not see the files that rank 0 sees. That is no
-            damage, and passing the checkpoint over would lose steps for nothing.
-    """
-
-    def glance() -> str | None:
-        try:
-            check(path)
-        except CheckpointError as error:
-            return str(error)
-        return None
-
-    problem = on_rank_0(mesh, glance, f"cannot look at the checkpoint {path}")
-    if problem is not None:
-        return problem
-    unseen, wrong = _my_part(path, mesh)
-    everyone = gather((unseen, wrong), mesh)
-    blind = {f"rank {rank}: {name}" for rank, (names, _) in enumerate(everyone) for name in names}
-    if blind:
-        raise CheckpointError(
-            f"rank 0 sees the whole checkpoint {path}, but others do not, after {PATIENCE_S:g} s: "
-            "put run.dir on storage that all machines share" + listing("not seen", blind)
-        )
-    damage = [name for _, names in everyone for name in names]
-    if damage:
-        return f"checkpoint {path} is damaged:" + listing("files", damage)
-    return None
-
-
-def _my_part(path: Path, mesh: Mesh) -> tuple[list[str], list[str]]:
-    """Files this rank does not see, and of its share of all files, those that are damaged."""
-    until = time.monotonic() + PATIENCE_S
-    try:
-        while not (path / MANIFEST).is_file() and time.monotonic() < until:
-            time.sleep(0.2)
-        manifest = read_manifest(path)
-    except CheckpointError as error:
-        return [str(error)], []
-    mine = sorted(manifest.files)[mesh.rank :: mesh.world_size]
-    needed = {*mine, TRAINER, f"state/{INDEX}"}  # the last two are read by every rank
-    unseen = needed
-    while unseen := {name for name in unseen if _size(path / name) != manifest.files[name][0]}:
-        if time.monotonic() > until:
-            return sorted(unseen), []
-        time.sleep(0.2)
-    return [], wrong_hashes(path, manifest, mine)
-
-
-def _size(path: Path) -> int | None:
+def size_of(path: Path) -> int | None:
+    """Bytes of a file; None if there is none, or it cannot be seen."""
     try:
         return path.stat().st_size if path.is_file() else None
     except OSError:

@@ -1,7 +1,6 @@
 """Checkpoints read and written by one process, piece by piece; for converters.
 
-Apart from ``store``, as torch's distributed checkpoint takes a second to import and a small model's
-conversion few of them.
+Apart from ``store``, as torch takes longer to import than a small model to convert.
 """
 
 from __future__ import annotations
@@ -13,13 +12,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from soar_mega.checkpoint.errors import CheckpointError
 from soar_mega.checkpoint.hashing import HashAlgorithm, hash_file
 from soar_mega.checkpoint.manifest import TRAINER, check, write_manifest
-from soar_mega.checkpoint.raw_tensors import read_ahead
+from soar_mega.checkpoint.raw_tensors import Array, Plan, read_ahead
 from soar_mega.checkpoint.state_files import (
     INDEX,
     DataFile,
@@ -56,7 +52,7 @@ class StateReader:
     """Tensors of a checkpoint, or regions of them, without a process group; for converters.
 
     Attributes:
-        shapes, dtypes: Of each tensor.
+        shapes, dtypes: Of each tensor; dtypes as safetensors codes.
 
     Raises:
         CheckpointError: The checkpoint is incomplete.
@@ -69,8 +65,8 @@ class StateReader:
         self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
         self.dtypes = {name: tensor.dtype for name, tensor in self._tensors.items()}
 
-    def read(self, name: str, region: tuple[slice, ...] | None = None) -> Tensor:
-        """A global tensor or a region of it (slices with start and stop), as stored, on the CPU.
+    def read(self, name: str, region: tuple[slice, ...] | None = None) -> Array:
+        """A global tensor or a region of it (slices with start and stop), as stored.
 
         Raises:
             OSError: A file is missing or too short.
@@ -80,8 +76,8 @@ class StateReader:
 
 def write(
     path: Path | str,
-    plan: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
-    parts: Iterable[Tensor],
+    plan: Plan,
+    parts: Iterable[Array],
     extra: Mapping[str, Any],
     algorithm: HashAlgorithm = "xxh3-128",
 ) -> None:
@@ -89,7 +85,7 @@ def write(
 
     Args:
         path: Its folder, which must not exist.
-        plan: Name -> (shape, dtype) of every tensor, in the order in which they come.
+        plan: Of all tensors, by name.
         parts: The elements of all tensors, row-major, one tensor after the other, in pieces of any
             size; a piece belongs to one tensor.
         extra: For ``trainer.json``.

@@ -1,5 +1,8 @@
 """Tensors as plain bytes in files: the safetensors header, and reads and writes in pieces.
 
+Tensors are numpy arrays here and dtypes the codes of the safetensors format, so that a converter
+need not import torch; ``torch_arrays`` leads from one to the other.
+
 Files are read and written by plain calls, not mapped: mapped pages count as resident memory, and a
 mapped file that shrinks kills the process.
 """
@@ -13,13 +16,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, TypeVar
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from soar_mega.checkpoint.direct_file import DirectFile
 from soar_mega.checkpoint.errors import CheckpointError, listing
 
 T = TypeVar("T")
+Array = NDArray[Any]
+Plan = Mapping[str, tuple[tuple[int, ...], str]]  # key -> (shape, dtype), in writing order
 
 # Bytes of a tensor that are in memory at once. An export took 6% less of the processors' time so
 # than with 32 MiB, which come fresh from the kernel each time.
@@ -28,40 +33,40 @@ PIECE = 8 * 2**20
 # calls of 64 KiB cost 1.2 s of the kernel's time, of 1 MiB 2.5 s, of 32 MiB several times more.
 CALL = 2**16
 _SHORT_RUN = 2**16  # below this it is cheaper to read what lies between two runs, too
-CODES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+# Code -> an array's dtype, another for each. numpy knows no bfloat16: those are kept as bits.
+STORAGE: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "BF16": np.dtype(np.uint16),
+    "F16": np.dtype(np.float16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
 }
-DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 
-def header(
-    plan: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
-) -> tuple[bytes, dict[str, int]]:
+def byte_count(shape: tuple[int, ...], dtype: str) -> int:
+    """Bytes of a tensor."""
+    return math.prod(shape) * STORAGE[dtype].itemsize
+
+
+def header(plan: Plan) -> tuple[bytes, dict[str, int]]:
     """The head of a safetensors file, and at which byte of the file each tensor begins.
-
-    Args:
-        plan: Key -> (shape, dtype), in the order in which their bytes follow.
 
     Raises:
         CheckpointError: A dtype the format does not know here.
     """
-    unknown = [f"{key}: {dtype}" for key, (_, dtype) in plan.items() if dtype not in CODES]
+    unknown = [f"{key}: {dtype}" for key, (_, dtype) in plan.items() if dtype not in STORAGE]
     if unknown:
         raise CheckpointError("cannot be stored:" + listing("tensors of unknown dtype", unknown))
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     starts, end = {}, 0
     for key, (shape, dtype) in plan.items():
         starts[key] = end
-        end += math.prod(shape) * dtype.itemsize
+        end += byte_count(shape, dtype)
         entries[key] = {
-            "dtype": CODES[dtype],
+            "dtype": dtype,
             "shape": list(shape),
             "data_offsets": [starts[key], end],
         }
@@ -71,20 +76,15 @@ def header(
     return head, {key: start + len(head) for key, start in starts.items()}
 
 
-def regions(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[slice, ...]]:
-    """Cut a tensor into regions of about ``PIECE`` bytes that follow each other row-major.
-
-    Args:
-        shape: Of the tensor.
-        itemsize: Bytes of an element.
-    """
+def regions(shape: tuple[int, ...], dtype: str) -> Iterator[tuple[slice, ...]]:
+    """Cut a tensor into regions of about ``PIECE`` bytes that follow each other row-major."""
     if not shape:
         yield ()
         return
-    row = math.prod(shape[1:]) * itemsize
+    row = byte_count(shape[1:], dtype)
     if row > PIECE:
         for index in range(shape[0]):
-            for inner in regions(shape[1:], itemsize):
+            for inner in regions(shape[1:], dtype):
                 yield (slice(index, index + 1), *inner)
         return
     rows = max(PIECE // max(row, 1), 1)
@@ -103,38 +103,48 @@ def read_ahead(pieces: Iterable[T]) -> Iterator[T]:
             yield piece
 
 
-def write_all(file: BinaryIO, data: Any) -> int:
-    """Write a buffer of bytes to an unbuffered file; returns how many there were."""
+def write_all(file: BinaryIO, data: bytes | memoryview) -> int:
+    """Write bytes to an unbuffered file; returns how many there were."""
     left = memoryview(data)
     call = len(left) if isinstance(file, DirectFile) else CALL
     while left:
         left = left[file.write(left[:call]) :]
-    return len(memoryview(data))
+    return len(data)
 
 
-def as_bytes(tensor: Tensor) -> Any:
-    """A contiguous CPU tensor's memory as a writable buffer of bytes."""
-    return tensor.view(-1).view(torch.uint8).numpy()
+def as_bytes(array: Array) -> memoryview:
+    """A contiguous array's memory as bytes, writable."""
+    return array.reshape(-1).view(np.uint8).data
+
+
+def cast(array: Array, dtype: str) -> Array:
+    """An array's numbers in this dtype, rounded as torch does; itself if it has the dtype."""
+    if array.dtype == STORAGE[dtype]:
+        return array
+    # Not above: torch takes longer to import than a small model to convert.
+    from soar_mega.checkpoint.torch_arrays import DTYPES, as_array, as_tensor
+
+    return as_array(as_tensor(array).to(DTYPES[dtype]))
 
 
 def read_box(
-    file: int, start: int, shape: tuple[int, ...], region: tuple[slice, ...], out: Tensor
+    file: int, start: int, shape: tuple[int, ...], region: tuple[slice, ...], out: Array
 ) -> None:
-    """Read a part of a box into a tensor.
+    """Read a part of a box into an array.
 
     Args:
         file: Descriptor of the data file.
         start: First byte of the box.
         shape: Of the box.
         region: One slice with start and stop per dimension.
-        out: CPU tensor of the region's shape and the stored dtype, of any strides; filled in place.
+        out: Array of the region's shape and the stored dtype, of any strides; filled in place.
 
     Raises:
         OSError: The file ends before the box does, or cannot be read.
     """
-    if out.numel() == 0:
+    if out.size == 0:
         return
-    item = out.element_size()
+    item = out.itemsize
     whole_below = 0  # the number of leading dimensions that the region may cut
     for dim, (cut, size) in enumerate(zip(region, shape, strict=True)):
         if (cut.start, cut.stop) != (0, size):
@@ -148,26 +158,26 @@ def read_box(
         rows = max(PIECE // row, 1)
         for done in range(0, out.shape[0], rows):
             part = out[done : done + rows]
-            lines = torch.empty((part.shape[0], *shape[1:]), dtype=out.dtype)
+            lines = np.empty((part.shape[0], *shape[1:]), out.dtype)
             _read_run(file, start + (region[0].start + done) * row, lines)
-            part.copy_(lines[(slice(None), *region[1:])])
+            part[...] = lines[(slice(None), *region[1:])]
         return
     for index in range(region[0].start, region[0].stop):
         inner = out[index - region[0].start]
         read_box(file, start + index * row, shape[1:], region[1:], inner)
 
 
-def _read_run(file: int, start: int, out: Tensor) -> None:
+def _read_run(file: int, start: int, out: Array) -> None:
     """Fill ``out``, row-major, with consecutive bytes of the file."""
-    if out.is_contiguous():
-        _read_bytes(file, start, memoryview(as_bytes(out)))
-    elif out.dim() > 1 and out.nbytes > PIECE:
+    if out.flags.c_contiguous:
+        _read_bytes(file, start, as_bytes(out))
+    elif out.ndim > 1 and out.nbytes > PIECE:
         for index, inner in enumerate(out):
             _read_run(file, start + index * inner.nbytes, inner)
     else:
-        dense = torch.empty_like(out, memory_format=torch.contiguous_format)
-        _read_bytes(file, start, memoryview(as_bytes(dense)))
-        out.copy_(dense)
+        dense = np.empty(out.shape, out.dtype)
+        _read_bytes(file, start, as_bytes(dense))
+        out[...] = dense
 
 
 def _read_bytes(file: int, start: int, into: memoryview) -> None:

@@ -14,13 +14,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-import torch
+import numpy as np
 from safetensors import safe_open
-from torch import Tensor
 
 from soar_mega.checkpoint.direct_file import create
 from soar_mega.checkpoint.errors import CheckpointError
-from soar_mega.checkpoint.raw_tensors import DTYPES, as_bytes, header, read_box, write_all
+from soar_mega.checkpoint.raw_tensors import (
+    STORAGE,
+    Array,
+    Plan,
+    as_bytes,
+    byte_count,
+    header,
+    read_box,
+    write_all,
+)
 from soar_mega.checkpoint.synced import write_text
 
 STEM = "diffusion_pytorch_model"
@@ -36,7 +44,7 @@ class SafetensorsFolder:
         place: A folder as diffusers lays it out, or a safetensors file.
 
     Attributes:
-        shapes, dtypes: Of each tensor.
+        shapes, dtypes: Of each tensor; dtypes as safetensors codes.
 
     Raises:
         CheckpointError: No weights there, or a file that the index names is missing or unreadable.
@@ -45,11 +53,11 @@ class SafetensorsFolder:
     def __init__(self, place: Path) -> None:
         self.folder = place
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, torch.dtype] = {}
+        self.dtypes: dict[str, str] = {}
         self._places: dict[str, tuple[Path, int]] = {}
         for path in [place] if place.is_file() else self._files():
             try:
-                with safe_open(path, framework="pt"):  # checks the whole header
+                with safe_open(path, framework="np"):  # checks the whole header
                     pass
                 self._read_header(path)
             except Exception as error:
@@ -62,9 +70,9 @@ class SafetensorsFolder:
         for key, entry in entries.items():
             if key == "__metadata__":
                 continue
-            if entry["dtype"] not in DTYPES:
+            if entry["dtype"] not in STORAGE:
                 raise CheckpointError(f"{key} is of dtype {entry['dtype']}, which is not supported")
-            self.shapes[key], self.dtypes[key] = tuple(entry["shape"]), DTYPES[entry["dtype"]]
+            self.shapes[key], self.dtypes[key] = tuple(entry["shape"]), entry["dtype"]
             self._places[key] = path, 8 + length + entry["data_offsets"][0]
 
     def _files(self) -> list[Path]:
@@ -89,12 +97,12 @@ class SafetensorsFolder:
             raise CheckpointError(f"{self.folder} has neither {single.name} nor {INDEX}{hint}")
         return [single]
 
-    def read(self, key: str, region: tuple[slice, ...] | None = None) -> Tensor:
+    def read(self, key: str, region: tuple[slice, ...] | None = None) -> Array:
         """One tensor, or a region of it (slices with start and stop)."""
         shape = self.shapes[key]
         path, start = self._places[key]
         cut = region or tuple(slice(0, size) for size in shape)
-        out = torch.empty([one.stop - one.start for one in cut], dtype=self.dtypes[key])
+        out = np.empty([one.stop - one.start for one in cut], STORAGE[self.dtypes[key]])
         with path.open("rb", buffering=0) as file:
             read_box(file.fileno(), start, shape, cut, out)
         return out
@@ -105,7 +113,7 @@ class StreamWriter:
 
     Args:
         place: The folder, or with ``single`` the file.
-        plan: Key -> (shape, dtype), in writing order.
+        plan: Of its tensors.
         max_shard_bytes: A new file begins before this is passed; None: one file.
         single: Whether ``place`` is the file itself.
     """
@@ -113,7 +121,7 @@ class StreamWriter:
     def __init__(
         self,
         place: Path,
-        plan: dict[str, tuple[tuple[int, ...], torch.dtype]],
+        plan: Plan,
         max_shard_bytes: int | None = MAX_SHARD_BYTES,
         *,
         single: bool = False,
@@ -123,7 +131,7 @@ class StreamWriter:
         self._shards: list[list[str]] = [[]]
         filled = self.total_bytes = 0
         for key in plan:
-            size = self._size(key)
+            size = byte_count(*plan[key])
             if self._shards[-1] and filled + size > limit:
                 self._shards.append([])
                 filled = 0
@@ -136,10 +144,6 @@ class StreamWriter:
         self._file: BinaryIO | None = None
         self._open_number: int | None = None
 
-    def _size(self, key: str) -> int:
-        shape, dtype = self.plan[key]
-        return math.prod(shape) * dtype.itemsize
-
     def _name(self, number: int) -> str:
         count = len(self._shards)
         return (
@@ -148,7 +152,7 @@ class StreamWriter:
             else f"{STEM}-{number + 1:05d}-of-{count:05d}.safetensors"
         )
 
-    def write(self, key: str, piece: Tensor) -> None:
+    def write(self, key: str, piece: Array) -> None:
         """Append a tensor of the plan, or its next elements, row-major.
 
         Raises:
@@ -158,13 +162,13 @@ class StreamWriter:
         shape, dtype = self.plan[key]
         if self._left == 0:
             self._left = math.prod(shape)
-        if key != expected or piece.dtype != dtype or piece.numel() > self._left:
-            raise ValueError(f"expected {expected}, got {piece.numel()} of {key} {piece.dtype}")
+        if key != expected or piece.dtype != STORAGE[dtype] or piece.size > self._left:
+            raise ValueError(f"expected {expected}, got {piece.size} of {key} {piece.dtype}")
         if number != self._open_number:
             self._begin(number)
         assert self._file is not None
-        write_all(self._file, as_bytes(piece.detach().cpu().contiguous()))
-        self._left -= piece.numel()
+        write_all(self._file, as_bytes(np.ascontiguousarray(piece)))
+        self._left -= piece.size
         if self._left == 0:
             self._pending.pop()
 
@@ -173,7 +177,7 @@ class StreamWriter:
         keys = self._shards[number]
         head, _ = header({key: self.plan[key] for key in keys})
         path = self.place if self._single else self.place / self._name(number)
-        self._file = create(path, len(head) + sum(map(self._size, keys)))
+        self._file = create(path, len(head) + sum(byte_count(*self.plan[key]) for key in keys))
         write_all(self._file, head)
         self._open_number = number
 

@@ -6,11 +6,22 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from soar_mega.checkpoint.agree import on_rank_0
-from soar_mega.checkpoint.errors import CheckpointError
+from soar_mega.checkpoint.agree import gather, on_rank_0
+from soar_mega.checkpoint.errors import CheckpointError, listing
 from soar_mega.checkpoint.folders import check_or_hint, committed, find, ignored, put_back
-from soar_mega.checkpoint.manifest import damage_of
+from soar_mega.checkpoint.manifest import (
+    MANIFEST,
+    TRAINER,
+    check,
+    read_manifest,
+    size_of,
+    wrong_hashes,
+)
+from soar_mega.checkpoint.state_files import INDEX
 from soar_mega.parallel.mesh import Mesh
+
+# How long a file that rank 0 sees may take to show up on another machine (NFS caches listings).
+PATIENCE_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -90,3 +101,54 @@ def select_source(path: Path | str, mesh: Mesh) -> Path:
     if problem is not None:
         raise CheckpointError(f"{what}: {problem}\nName another checkpoint")
     return found
+
+
+def damage_of(path: Path, mesh: Mesh) -> str | None:
+    """What is wrong with a checkpoint, each rank reading its part; the same answer on all.
+
+    Raises:
+        CheckpointError: On every rank: some do not see the files that rank 0 sees. That is no
+            damage, and passing the checkpoint over would lose steps for nothing.
+    """
+
+    def glance() -> str | None:
+        try:
+            check(path)
+        except CheckpointError as error:
+            return str(error)
+        return None
+
+    problem = on_rank_0(mesh, glance, f"cannot look at the checkpoint {path}")
+    if problem is not None:
+        return problem
+    unseen, wrong = _my_part(path, mesh)
+    everyone = gather((unseen, wrong), mesh)
+    blind = {f"rank {rank}: {name}" for rank, (names, _) in enumerate(everyone) for name in names}
+    if blind:
+        raise CheckpointError(
+            f"rank 0 sees the whole checkpoint {path}, but others do not, after {PATIENCE_S:g} s: "
+            "put run.dir on storage that all machines share" + listing("not seen", blind)
+        )
+    damage = [name for _, names in everyone for name in names]
+    if damage:
+        return f"checkpoint {path} is damaged:" + listing("files", damage)
+    return None
+
+
+def _my_part(path: Path, mesh: Mesh) -> tuple[list[str], list[str]]:
+    """Files this rank does not see, and of its share of all files, those that are damaged."""
+    until = time.monotonic() + PATIENCE_S
+    try:
+        while not (path / MANIFEST).is_file() and time.monotonic() < until:
+            time.sleep(0.2)
+        manifest = read_manifest(path)
+    except CheckpointError as error:
+        return [str(error)], []
+    mine = sorted(manifest.files)[mesh.rank :: mesh.world_size]
+    needed = {*mine, TRAINER, f"state/{INDEX}"}  # the last two are read by every rank
+    unseen = needed
+    while unseen := {name for name in unseen if size_of(path / name) != manifest.files[name][0]}:
+        if time.monotonic() > until:
+            return sorted(unseen), []
+        time.sleep(0.2)
+    return [], wrong_hashes(path, manifest, mine)

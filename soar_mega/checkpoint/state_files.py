@@ -9,23 +9,23 @@ as resident memory, and a mapped file that shrinks kills the process.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from soar_mega.checkpoint.direct_file import create
 from soar_mega.checkpoint.errors import CheckpointError
 from soar_mega.checkpoint.hashing import new_hash
 from soar_mega.checkpoint.raw_tensors import (
-    CODES,
-    DTYPES,
+    STORAGE,
+    Array,
+    Plan,
     as_bytes,
+    byte_count,
     header,
     read_box,
     write_all,
@@ -55,10 +55,10 @@ class StoredBox:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One global tensor of a checkpoint; its boxes cover it."""
+    """One global tensor of a checkpoint; its boxes cover it. The dtype is a safetensors code."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: str
     boxes: tuple[StoredBox, ...]
 
 
@@ -68,7 +68,7 @@ def write_index(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
         "format": FORMAT,
         "tensors": {
             name: {
-                "dtype": CODES[tensor.dtype],
+                "dtype": tensor.dtype,
                 "shape": tensor.shape,
                 "boxes": [[box.offset, box.shape, box.file, box.start] for box in tensor.boxes],
             }
@@ -115,7 +115,9 @@ def _parse(entry: Any) -> StoredTensor:
         if not inside or not isinstance(file, str) or Path(file).name != file:
             raise ValueError(f"no box of a tensor of shape {shape}: {offset}, {size}, {file!r}")
         boxes.append(box)
-    return StoredTensor(shape, DTYPES[entry["dtype"]], tuple(boxes))
+    if entry["dtype"] not in STORAGE:
+        raise ValueError(f"unknown dtype {entry['dtype']!r}")
+    return StoredTensor(shape, entry["dtype"], tuple(boxes))
 
 
 def _count(value: Any) -> int:
@@ -129,7 +131,7 @@ class DataFile:
 
     Args:
         path: The file.
-        plan: Key -> (shape, dtype) of each box, in writing order.
+        plan: Of its boxes.
         algorithm: Of the hash.
         direct: Past the page cache, if it gets large.
 
@@ -141,21 +143,21 @@ class DataFile:
     def __init__(
         self,
         path: Path,
-        plan: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+        plan: Plan,
         algorithm: str,
         *,
         direct: bool = False,
     ) -> None:
         head, self.starts = header(plan)
-        self._end = len(head) + sum(math.prod(s) * d.itemsize for s, d in plan.values())
+        self._end = len(head) + sum(byte_count(*entry) for entry in plan.values())
         self._hash = new_hash(algorithm)
         self.written = 0
         self._file = create(path, self._end) if direct else path.open("wb", buffering=0)
         self._put(memoryview(head))
 
-    def write(self, tensor: Tensor) -> None:
-        """Append a tensor's elements, row-major; the caller keeps to the plan's order."""
-        self._put(memoryview(as_bytes(tensor.detach().cpu().contiguous())))
+    def write(self, array: Array) -> None:
+        """Append an array's elements, row-major; the caller keeps to the plan's order."""
+        self._put(as_bytes(np.ascontiguousarray(array)))
 
     def _put(self, data: memoryview) -> None:
         for start in range(0, len(data), _HASHED):
@@ -197,7 +199,7 @@ def overlap(
 
 def read_region(
     folder: Path, tensor: StoredTensor, region: tuple[slice, ...] | None = None
-) -> Tensor:
+) -> Array:
     """A part of a global tensor, put together from the boxes that hold it.
 
     Args:
@@ -210,15 +212,15 @@ def read_region(
         CheckpointError: The boxes do not cover the region.
     """
     region = region or tuple(slice(0, size) for size in tensor.shape)
-    out = torch.empty([cut.stop - cut.start for cut in region], dtype=tensor.dtype)
+    out = np.empty([cut.stop - cut.start for cut in region], STORAGE[tensor.dtype])
     found = 0
     for box, inside, target in _boxes_in(tensor, region):
-        part = out[target]
+        part = out[target] if target else out  # a scalar's part would be a copy
         with (folder / box.file).open("rb", buffering=0) as file:
             read_box(file.fileno(), box.start, box.shape, inside, part)
-        found += part.numel()
-    if found != out.numel():
-        raise CheckpointError(f"{folder / INDEX}: boxes hold {found} of {out.numel()} elements")
+        found += part.size
+    if found != out.size:
+        raise CheckpointError(f"{folder / INDEX}: boxes hold {found} of {out.size} elements")
     return out
 
 

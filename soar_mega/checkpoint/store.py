@@ -42,7 +42,7 @@ from soar_mega.checkpoint.folders import (
 )
 from soar_mega.checkpoint.hashing import HashAlgorithm, hash_file
 from soar_mega.checkpoint.manifest import TRAINER, check, identity, verify, write_manifest
-from soar_mega.checkpoint.offline import EMA, MODEL, StateReader, read_extra, write
+from soar_mega.checkpoint.offline import EMA, MODEL, StateReader, read_extra
 from soar_mega.checkpoint.retention import Retention, retain
 from soar_mega.checkpoint.state_files import INDEX
 from soar_mega.checkpoint.synced import sync_folder, write_json
@@ -63,7 +63,6 @@ __all__ = [
     "save",
     "set_aside_after",
     "verify",
-    "write",
 ]
 
 _SMALL_FILES = 2**20  # what trainer.json, index and manifest are allowed for, in bytes

@@ -15,16 +15,16 @@ from typing import Any
 import torch
 
 from soar_mega import hub
-from soar_mega.checkpoint.importer import (
+from soar_mega.checkpoint.importer import load_weights
+from soar_mega.checkpoint.store import identity, read_extra
+from soar_mega.checkpoint.weight_sources import (
     LINEAGE,
     Weights,
     find_weights,
     kind_of,
-    load_weights,
     read_transformer_config,
     transformer_folder,
 )
-from soar_mega.checkpoint.store import identity, read_extra
 from soar_mega.data.encoded.fingerprint import component_fingerprint, encoder_fingerprint
 from soar_mega.data.encoders import FrozenEncoders
 from soar_mega.data.model_folder import ModelFacts, check_folder, read_json

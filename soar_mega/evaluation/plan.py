@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from soar_mega.checkpoint.importer import Weights
+from soar_mega.checkpoint.weight_sources import Weights
 from soar_mega.config import ConfigError
 from soar_mega.evaluation.interface import Prompt
 from soar_mega.evaluation.models import ModelSource, find_model

@@ -9,6 +9,7 @@ its source was just read from end to end, so as much of it as fits is in memory.
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import shutil
@@ -20,19 +21,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from soar_mega.checkpoint.diffusers_map import diffusers_shapes
 from soar_mega.checkpoint.hashing import hash_file
-from soar_mega.checkpoint.importer import read_transformer_config
 from soar_mega.checkpoint.raw_tensors import PIECE
 from soar_mega.checkpoint.safetensors_files import StreamWriter
+from soar_mega.checkpoint.weight_sources import read_transformer_config
 from soar_mega.model.config import MMDiTConfig
 from soar_mega.training.benchmark_reshard import reshard
 
 LAYOUT = (2, 2)  # tensor parallel, pipeline parallel
 TO_OURS, BACK, COPY = "convert_from_diffusers", "convert_to_diffusers", "cp, then sync"
-START = "start of Python and torch"
+START = "start of Python"
 
 
 def write_random_transformer(architecture: Path, out: Path) -> int:
@@ -46,17 +47,16 @@ def write_random_transformer(architecture: Path, out: Path) -> int:
     shutil.copyfile(architecture / "transformer" / "config.json", out / "config.json")
     config = MMDiTConfig.from_diffusers(read_transformer_config(out))
     shapes = diffusers_shapes(config)
-    plan = {key: (shape, torch.bfloat16) for key, shape in shapes.items()}
-    draw = torch.Generator().manual_seed(0)
+    plan = {key: (shape, "BF16") for key, shape in shapes.items()}
+    draw = np.random.default_rng(0)
     step = PIECE // 2
     with StreamWriter(out, plan) as writer:
         for key, shape in shapes.items():
-            left = torch.Size(shape).numel()
+            left = math.prod(shape)
             while left:
                 count = min(left, step)
                 # Numbers that are no NaN: those of [1, 2), by their bits.
-                bits = torch.randint(0x3F80, 0x4000, (count,), dtype=torch.int16, generator=draw)
-                writer.write(key, bits.view(torch.bfloat16))
+                writer.write(key, draw.integers(0x3F80, 0x4000, count, np.uint16))
                 left -= count
     return writer.total_bytes
 

@@ -17,6 +17,7 @@ from soar_mega.backends.torch import TorchBackend
 from soar_mega.checkpoint import store
 from soar_mega.checkpoint.boxes import BoxedTensor
 from soar_mega.checkpoint.diffusers_map import POSITION
+from soar_mega.checkpoint.torch_arrays import DTYPES
 from soar_mega.model.config import MMDiTConfig
 from soar_mega.model.stage import MMDiTStage
 from soar_mega.parallel.layout import layout_of
@@ -45,7 +46,7 @@ def _rank(rank: int, tensor: int, pipeline: int, folder: str, source: Path, root
     meeting = dist.FileStore(f"{folder}/store", world)
     dist.init_process_group("gloo", store=meeting, rank=rank, world_size=world)
     mesh = Mesh.build(tensor, pipeline_size=pipeline)
-    extra, dtypes = store.read_extra(source), store.StateReader(source).dtypes
+    extra, codes = store.read_extra(source), store.StateReader(source).dtypes
     config = MMDiTConfig.from_diffusers(extra["model"]["transformer"])
     first, last = (config.num_layers * (mesh.pipeline_rank + n) // pipeline for n in (0, 1))
     nowhere = replace(mesh, device=torch.device("meta"))
@@ -53,11 +54,11 @@ def _rank(rank: int, tensor: int, pipeline: int, folder: str, source: Path, root
     pieces = {}
     for name, parameter in stage.named_parameters():
         full, layout = store.MODEL + name, layout_of(parameter)
-        local = torch.zeros(parameter.numel(), dtype=dtypes[full])
+        local = torch.zeros(parameter.numel(), dtype=DTYPES[codes[full]])
         pieces[full] = BoxedTensor.from_range(layout, mesh, 0, len(local), local)
     if stage.is_first:
         full = store.MODEL + POSITION
-        table = torch.empty(stage.patch_embed.position.shape, dtype=dtypes[full])
+        table = torch.empty(stage.patch_embed.position.shape, dtype=DTYPES[codes[full]])
         pieces[full] = BoxedTensor.whole(table, contribute=mesh.tensor_rank == 0)
     store.load(source, pieces, mesh)
     store.save(root, 0, pieces, extra, mesh)

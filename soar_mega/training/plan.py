@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from soar_mega import hub
-from soar_mega.checkpoint.importer import read_transformer_config
+from soar_mega.checkpoint.weight_sources import read_transformer_config
 from soar_mega.config import Config, ConfigError
 from soar_mega.config.data import RESOLUTION_STEP
 from soar_mega.model.config import MMDiTConfig

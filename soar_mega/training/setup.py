@@ -13,13 +13,9 @@ from typing import Any
 import torch
 
 from soar_mega import hub
-from soar_mega.checkpoint.importer import (
-    ancestors,
-    load_diffusers_transformer,
-    load_weights,
-    read_transformer_config,
-)
+from soar_mega.checkpoint.importer import load_diffusers_transformer, load_weights
 from soar_mega.checkpoint.selection import Selection
+from soar_mega.checkpoint.weight_sources import ancestors, read_transformer_config
 from soar_mega.config import Config, ConfigError
 from soar_mega.config.data import RESOLUTION_STEP, DataConfig
 from soar_mega.data.buckets import make_buckets

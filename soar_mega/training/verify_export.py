@@ -16,11 +16,9 @@ from torch import Tensor
 from soar_mega.backends.torch import TorchBackend
 from soar_mega.checkpoint import store
 from soar_mega.checkpoint.errors import CheckpointError
-from soar_mega.checkpoint.importer import (
-    Weights,
-    load_checkpoint_weights,
-    transformer_folder,
-)
+from soar_mega.checkpoint.importer import load_checkpoint_weights
+from soar_mega.checkpoint.torch_arrays import DTYPES
+from soar_mega.checkpoint.weight_sources import Weights, transformer_folder
 from soar_mega.model.config import MMDiTConfig
 from soar_mega.model.stage import MMDiTStage
 from soar_mega.parallel.mesh import Mesh
@@ -34,14 +32,14 @@ def verify_export(
     checkpoint: Path | str,
     out: Path | str,
     weights: Weights = "ema",
-    dtype: torch.dtype | None = None,
+    dtype: str | None = None,
 ) -> float:
     """Compare one forward; one model is in memory at a time, in fp32.
 
     Args:
         checkpoint, weights: What was exported.
         out: The folder, or the single file.
-        dtype: What the weights were cast to, if they were.
+        dtype: What the weights were cast to (a safetensors code), if they were.
 
     Returns:
         The largest difference over the largest output.
@@ -107,13 +105,13 @@ def _our_forward(
     checkpoint: Path,
     config: MMDiTConfig,
     weights: Weights,
-    dtype: torch.dtype | None,
+    dtype: str | None,
     x: ModelInput,
 ) -> Tensor:
     stage = MMDiTStage(config, Mesh.single(), TorchBackend())
     load_checkpoint_weights(checkpoint, [stage], stage.mesh, weights)
     if dtype is not None:
         for parameter in stage.parameters():
-            parameter.copy_(parameter.to(dtype))
+            parameter.copy_(parameter.to(DTYPES[dtype]))
     velocity_BCHW: Tensor = stage(x)
     return velocity_BCHW

@@ -21,12 +21,8 @@ from soar_mega.checkpoint import store
 from soar_mega.checkpoint.boxes import BoxedTensor
 from soar_mega.checkpoint.errors import CheckpointError
 from soar_mega.checkpoint.exporter import export
-from soar_mega.checkpoint.importer import (
-    ancestors,
-    load_diffusers_transformer,
-    load_weights,
-    read_transformer_config,
-)
+from soar_mega.checkpoint.importer import load_diffusers_transformer, load_weights
+from soar_mega.checkpoint.weight_sources import ancestors, read_transformer_config
 from soar_mega.data.tiny.pipeline import TinySizes, make_transformer
 from soar_mega.data.tiny.text import load_text_parts
 from soar_mega.data.tiny.vae import make_vae
@@ -137,9 +133,7 @@ def test_export_opens_in_diffusers_and_equals_what_was_saved(
 
 
 def test_ema_shards_and_dtype(base: Path, run: Path, tmp_path: Path) -> None:
-    out = export(
-        run, tmp_path / "t", transformer_only=True, dtype=torch.bfloat16, max_shard_bytes=60_000
-    )
+    out = export(run, tmp_path / "t", transformer_only=True, dtype="BF16", max_shard_bytes=60_000)
     index = json.loads((out / "diffusion_pytorch_model.safetensors.index.json").read_text())
     names = {p.name for p in out.glob("*.safetensors")}
     assert set(index["weight_map"].values()) == names and len(names) > 1
@@ -156,7 +150,7 @@ def test_ema_shards_and_dtype(base: Path, run: Path, tmp_path: Path) -> None:
 def test_position_table_is_not_rounded(base: Path, run: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    out = export(run, tmp_path / "t", transformer_only=True, dtype=torch.float16)
+    out = export(run, tmp_path / "t", transformer_only=True, dtype="F16")
     written = load_file(out / "diffusion_pytorch_model.safetensors")
     table = state(base / "transformer")["pos_embed.pos_embed"]
     assert torch.equal(written["pos_embed.pos_embed"], table)

@@ -288,7 +288,7 @@ def test_a_run_from_a_hub_model_records_name_and_commit_and_exports(
 def test_init_from_a_hub_name_says_where_hub_models_are_named(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from soar_mega.checkpoint.importer import find_weights
+    from soar_mega.checkpoint.weight_sources import find_weights
 
     monkeypatch.chdir(tmp_path)
     for source in (NAME, SOURCE):

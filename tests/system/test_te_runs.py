@@ -48,7 +48,7 @@ def test_delayed_scaling_goes_on_where_it_was(
     stored = StateReader(checkpoint(whole, 4))
     scales = [name for name in stored.shapes if name.startswith("fp8.")]
     assert "fp8.blocks.0.image_mlp.up" in scales
-    assert all(stored.read(name).abs().sum() > 0 for name in scales)
+    assert all(stored.read(name).any() for name in scales)
     one, other = metrics(whole), metrics(broken)
     assert one == other
     assert [("fp8/input_amax" in line, "fp8/gradient_fill" in line) for line in one] == [

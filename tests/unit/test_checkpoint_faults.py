@@ -16,7 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from soar_mega.checkpoint import folders, manifest, retention, state_files, store
+from soar_mega.checkpoint import folders, manifest, retention, selection, state_files, store
 from soar_mega.checkpoint.boxes import BoxedTensor
 from soar_mega.checkpoint.errors import CheckpointError, DiskFullError
 from soar_mega.checkpoint.retention import Retention
@@ -277,16 +277,16 @@ def test_a_kill_at_any_call_of_save_and_retention_leaves_a_whole_one(
 def see_differently(root: str) -> list[str]:
     """Rank 1's listing is behind, then it lacks a file."""
     mesh = Mesh.build(1)
-    original, size = folders.committed, manifest._size
-    manifest.PATIENCE_S = 0.5
+    original, size = folders.committed, manifest.size_of
+    selection.PATIENCE_S = 0.5
     told = []
     with pytest.MonkeyPatch.context() as patch:
         if mesh.rank == 1:
-            patch.setattr("soar_mega.checkpoint.selection.committed", lambda r: original(r)[:1])
+            patch.setattr(selection, "committed", lambda r: original(r)[:1])
         told.append(str(select("latest", root, mesh).path))
         if mesh.rank == 1:
-            patch.setattr(manifest, "_size", lambda p: size(p) if p.suffix == ".json" else None)
-            patch.setattr(manifest, "check", lambda p: None)
+            patch.setattr(selection, "size_of", lambda p: size(p) if p.suffix == ".json" else None)
+            patch.setattr(selection, "check", lambda p: None)
         try:
             select("latest", root, mesh)
         except CheckpointError as error:

@@ -22,6 +22,7 @@ from soar_mega.checkpoint.checkpointer import Checkpointer
 from soar_mega.checkpoint.errors import CheckpointError, DiskFullError
 from soar_mega.checkpoint.retention import Retention
 from soar_mega.checkpoint.selection import select
+from soar_mega.checkpoint.torch_arrays import as_tensor
 from soar_mega.parallel.layout import ParameterLayout
 from soar_mega.parallel.mesh import Mesh
 from tests.distributed.harness import run_ranks
@@ -71,10 +72,12 @@ def test_what_is_saved_is_the_state_at_the_call(
         path = tmp_path / f"step-{step:08d}"
         assert [saved.path for saved in checkpointer.finished()] == [path]
         reader = store.StateReader(path)
-        assert torch.equal(reader.read("w"), torch.full((7, 3), float(step)))
-        assert torch.equal(reader.read("strided"), torch.full((5, 3), float(step)))
-        assert torch.equal(reader.read("half"), torch.full((4,), step, dtype=torch.bfloat16))
-        assert torch.equal(reader.read("fixed"), fixed)
+        assert torch.equal(as_tensor(reader.read("w")), torch.full((7, 3), float(step)))
+        assert torch.equal(as_tensor(reader.read("strided")), torch.full((5, 3), float(step)))
+        assert torch.equal(
+            as_tensor(reader.read("half")), torch.full((4,), step, dtype=torch.bfloat16)
+        )
+        assert torch.equal(as_tensor(reader.read("fixed")), fixed)
         assert store.read_extra(path) == {"step": step}
 
 
@@ -158,7 +161,7 @@ def test_ranks_that_save_while_they_train(tmp_path: Path) -> None:
     assert [path.name for path in paths] == ["step-00000007", "step-00000008"]
     for step, path in zip((7, 8), paths, strict=True):
         assert store.verify(path) == []
-        rows = store.StateReader(path).read("w")
+        rows = as_tensor(store.StateReader(path).read("w"))
         assert torch.equal(rows[:4], torch.full((4, 1000), 10.0 * step))
         assert torch.equal(rows[4:], torch.full((4, 1000), 10.0 * step + 1))
 

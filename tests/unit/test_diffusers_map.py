@@ -13,8 +13,10 @@ from diffusers import SD3Transformer2DModel
 from soar_mega.backends.torch import TorchBackend
 from soar_mega.checkpoint.diffusers_map import POSITION, check_keys, diffusers_shapes, mapping
 from soar_mega.checkpoint.errors import CheckpointError
-from soar_mega.checkpoint.importer import load_diffusers_transformer, read_transformer_config
+from soar_mega.checkpoint.importer import load_diffusers_transformer
 from soar_mega.checkpoint.safetensors_files import INDEX, STEM, SafetensorsFolder, StreamWriter
+from soar_mega.checkpoint.torch_arrays import as_array, as_tensor, code_of
+from soar_mega.checkpoint.weight_sources import read_transformer_config
 from soar_mega.model.config import MMDiTConfig
 from soar_mega.model.stage import MMDiTStage
 from soar_mega.parallel.layout import layout_of, local_slice, parameter_layouts
@@ -114,9 +116,9 @@ def test_round_trip_is_bit_equal(tiny: SD3Transformer2DModel) -> None:
     theirs = tiny.state_dict()
     back: dict[str, torch.Tensor] = {}
     for entry in mapping(MMDiTConfig(**TINY)).values():
-        ours = entry.to_ours(lambda key, region: theirs[key][region or ...])
-        assert tuple(ours.shape) == entry.shape
-        back.update(entry.to_diffusers(ours))
+        ours = entry.to_ours(lambda key, region: as_array(theirs[key][region or ...]))
+        assert ours.shape == entry.shape
+        back.update({key: as_tensor(part) for key, part in entry.to_diffusers(ours)})
     assert back.keys() == theirs.keys()
     assert all(torch.equal(back[key], theirs[key]) for key in theirs)
 
@@ -212,13 +214,14 @@ def test_another_architecture_is_refused(tiny: SD3Transformer2DModel, tmp_path: 
 def test_stream_writer_cuts_shards_and_refuses_another_order(tmp_path: Path) -> None:
     tensors = {f"t{i}": torch.randn(i + 1, 3).to(torch.bfloat16) for i in range(5)}
     tensors["scalar"] = torch.tensor(2.5)
-    plan = {key: (tuple(value.shape), value.dtype) for key, value in tensors.items()}
+    plan = {key: (tuple(value.shape), code_of(value.dtype)) for key, value in tensors.items()}
     with StreamWriter(tmp_path, plan, 40) as writer:
         for key, value in tensors.items():
-            writer.write(key, value)
+            writer.write(key, as_array(value))
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     files = SafetensorsFolder(tmp_path)
     for key, value in tensors.items():
-        assert files.read(key).dtype == value.dtype and torch.equal(files.read(key), value)
+        found = as_tensor(files.read(key))
+        assert found.dtype == value.dtype and torch.equal(found, value)
     with pytest.raises(ValueError, match="expected t0"), StreamWriter(tmp_path, plan) as writer:
-        writer.write("t1", tensors["t1"])
+        writer.write("t1", as_array(tensors["t1"]))

@@ -11,6 +11,7 @@ from diffusers import SD3Transformer2DModel
 from soar_mega.backends.torch import TorchBackend
 from soar_mega.checkpoint.diffusers_map import mapping
 from soar_mega.checkpoint.importer import load_diffusers_transformer
+from soar_mega.checkpoint.torch_arrays import as_array, as_tensor
 from soar_mega.model.config import MMDiTConfig
 from soar_mega.model.init import initialise, position_table
 from soar_mega.model.stage import MMDiTStage
@@ -87,11 +88,11 @@ def test_forward_and_gradients_equal_diffusers(variant: str, tmp_path: Path) -> 
         for name, parameter in ours.named_parameters():
             # main_grad is what the optimizer sees: zero, never missing, where nothing flows.
             mine = parameter.main_grad.view(layout_of(parameter).global_shape)
-            gradient = table[name].to_ours(lambda key, _=None, g=gradients: g[key])
+            gradient = as_tensor(table[name].to_ours(lambda key, _, g=gradients: as_array(g[key])))
             difference = (mine - gradient).norm().item()
             scale = max(gradient.norm().item(), 1e-6 * whole)
             assert difference <= 1e-5 * scale, (variant, rows, tokens, name, difference / scale)
-            for theirs_name, part in table[name].to_diffusers(mine):
+            for theirs_name, part in table[name].to_diffusers(as_array(mine)):
                 if not gradients[theirs_name].any():
                     assert not part.any(), f"{theirs_name} must be exactly 0"
 
@@ -122,7 +123,8 @@ def test_fresh_weights_are_distributed_as_diffusers_own() -> None:
     )
     reference = theirs.state_dict()
     for name, parameter in ours.named_parameters():
-        expected = mapping(config)[name].to_ours(lambda key, _=None: reference[key])
+        entry = mapping(config)[name]
+        expected = as_tensor(entry.to_ours(lambda key, _: as_array(reference[key])))
         if parameter.numel() >= 1000:
             assert parameter.std().item() == pytest.approx(expected.std().item(), rel=0.1), name
             assert abs(parameter.mean().item()) < 0.1 * expected.std().item(), name

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from soar_mega.backends.torch import TorchBackend
-from soar_mega.checkpoint.importer import read_transformer_config
+from soar_mega.checkpoint.weight_sources import read_transformer_config
 from soar_mega.config import FlowMatchingConfig, SoarConfig
 from soar_mega.model.config import MMDiTConfig
 from soar_mega.model.stage import MMDiTStage
