@@ -13,8 +13,9 @@ from soar_mega.evaluation.experiment.run import Experiment, ExperimentError
 
 _EPILOG = """\
 DIR gets data/ and encoded/ (pages), runs/ARM-SEED, pictures/ (drawn and scored by
-tools/evaluate.py, one folder a way to draw), exposure/ (of SFT, SOAR and its controls, seed 1), logs/,
-tables.md, summary.json, scores.png and differences.png. The same command goes on where it was stopped.
+tools/evaluate.py, one folder a way to draw), exposure/ (exposure bias of SFT, SOAR and seven draws,
+seed 1), logs/, tables.md, summary.json, scores.png and differences.png. The same command goes on
+where it was stopped.
 
 examples:
   tools/experiment.py

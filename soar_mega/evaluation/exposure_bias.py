@@ -6,7 +6,10 @@ which the velocity is z1 - z0. Two kinds of path are compared with it, on the sa
 - *excursions*: from every ideal state, a few guided steps of the sampler. The state reached has a
   distance from the ideal one of its level, and the velocity that leads back to the sample is
   (z - z0) / sigma. The conditional velocity's distance from that, less its distance from z1 - z0 at
-  the ideal state, is the exposure gap; it is reported times sigma.
+  the ideal state, is the exposure gap; it is reported times sigma. The response says how much of
+  the way off shows in the clean estimate: with d the state's difference from the ideal one and D
+  that of the estimates z - sigma v, it is <D, d> / <d, d>. Guidance g makes of a conditional
+  response c and an unprompted one u the response u + g (c - u).
 - *the whole way* from pure noise. It ends at another sample than z0, so only what needs no pairing
   is kept: means and covariances of the channels. An exact velocity field without guidance carries
   the law of the ideal states along, so here the ideal states are the truth.
@@ -71,6 +74,10 @@ class Measurement:
         drift_JGN: Excursions: distance from the ideal state on arrival at a level.
         own_error_JGN: Conditional velocity against (z - z0) / sigma there; none at sigma = 0.
         ideal_error_GN: Conditional velocity against z1 - z0 at the ideal state.
+        change_JGN: On arrival at a level, mean over elements of D d for the conditional clean
+            estimate; none at sigma = 0. The response is that over the drift's square.
+        unprompted_change_JGN: For the unprompted one; none without guidance, and none for
+            excursions of the longest horizon, which end there.
         states: On the whole way from noise.
         ideal_states: On the ideal path.
         clean_square_GN: Mean square of the clean estimate z - sigma v on the whole way, v being
@@ -84,6 +91,8 @@ class Measurement:
     drift_JGN: Tensor
     own_error_JGN: Tensor
     ideal_error_GN: Tensor
+    change_JGN: Tensor
+    unprompted_change_JGN: Tensor
     states: Moments
     ideal_states: Moments
     clean_square_GN: Tensor
@@ -142,6 +151,8 @@ def measure(
         drift_JGN=_nan(J, G, count),
         own_error_JGN=_nan(J, G, count),
         ideal_error_GN=_nan(G, count),
+        change_JGN=_nan(J, G, count),
+        unprompted_change_JGN=_nan(J, G, count),
         states=Moments.empty(G, count, C),
         ideal_states=Moments.empty(G, count, C),
         clean_square_GN=_nan(G, count),
@@ -181,10 +192,19 @@ def _follow(
             result.ideal_clean_square_GN[g, part] = _square(clean_BCHW)
             return
         going, done = [whole_BCHW, *excursions[:longest]], excursions[longest:]
-        plain, guided = velocities([*going, *done], sigma, unguided=len(done))
+        plain, free, guided = velocities([*going, *done], sigma, unguided=len(done))
         for row, j in due:
             back_BCHW = (excursions[j] - clean_BCHW) / sigma
             result.own_error_JGN[row, g, part] = _square(plain[1 + j] - back_BCHW).sqrt()
+            off_BCHW = excursions[j] - ideal_BCHW
+            for changes_JGN, found in (
+                (result.change_JGN, plain),
+                (result.unprompted_change_JGN, free),
+            ):
+                if 1 + j < len(found):
+                    change_BCHW = off_BCHW - sigma * (found[1 + j] - found[1])
+                    product_BCHW = change_BCHW.double() * off_BCHW.double()
+                    changes_JGN[row, g, part] = product_BCHW.mean(dim=(1, 2, 3)).cpu()
         straight_BCHW = noise_BCHW - clean_BCHW
         result.ideal_error_GN[g, part] = _square(plain[1] - straight_BCHW).sqrt()
         result.clean_square_GN[g, part] = _square(whole_BCHW - sigma * guided[0])
@@ -207,8 +227,11 @@ class _Velocities:
 
     def __call__(
         self, states: Sequence[Tensor], sigma: float, *, unguided: int
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """All conditional ones, and the guided ones of all states but the last ``unguided``."""
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """All conditional ones; unprompted and guided ones of all states but the last ``unguided``.
+
+        There are no unprompted ones without guidance.
+        """
         guided = len(states) - unguided
         timestep_B = states[0].new_full((len(states[0]),), 1000 * sigma)
         inputs = [ModelInput(state, timestep_B, self._condition) for state in states]
@@ -217,9 +240,9 @@ class _Velocities:
         found = [v.to(states[0].dtype) for v in self._model(inputs)]
         plain, free = found[: len(states)], found[len(states) :]
         if self._scale <= 1:
-            return plain, plain[:guided]
+            return plain, [], plain[:guided]
         pairs = zip(plain, free, strict=False)
-        return plain, [u + self._scale * (v - u) for v, u in pairs]
+        return plain, free, [u + self._scale * (v - u) for v, u in pairs]
 
 
 def _nan(*shape: int) -> Tensor:

@@ -31,9 +31,10 @@ def report(measurements: Mapping[str, Measurement]) -> dict[str, Any]:
     Returns:
         ``samples``, ``steps``, ``guidance_scale``, ``horizons``, ``sigmas``; ``models``, by label:
         curves ``ideal_error``, ``state_norm``, ``clean_norm``, ``ideal_clean_norm``,
-        ``law_distance``, and by horizon ``drift``, ``own_error``, ``gap``; ``differences``, by
-        label: those of ``drift``, ``own_error``, ``gap``. ``overall`` of a model or difference has
-        the mean over the noise levels of each curve by horizon.
+        ``law_distance``, and by horizon ``drift``, ``own_error``, ``gap``, ``response``,
+        ``unprompted_response``; ``differences``, by label: those of ``drift``, ``own_error``,
+        ``gap``. ``overall`` of a model or difference has the mean over the noise levels of each of
+        these three by horizon.
 
     Raises:
         ValueError: No model, or not all were measured alike.
@@ -80,6 +81,8 @@ def _summary(m: Measurement) -> dict[str, Any]:
     return {
         "ideal_error": _curve(m.ideal_error_GN),
         **_by_horizon(m, _excursions(m)),
+        "response": _responses(m, m.change_JGN),
+        "unprompted_response": _responses(m, m.unprompted_change_JGN),
         "state_norm": _norm(m.states.square_GN, m.ideal_states.square_GN),
         "clean_norm": _norm(m.clean_square_GN, real_GN),
         "ideal_clean_norm": _norm(m.ideal_clean_square_GN, real_GN),
@@ -124,13 +127,25 @@ def _plain(values_G: Tensor) -> list[float | None]:
     return [None if math.isnan(value) else value for value in values_G.tolist()]
 
 
+def _responses(m: Measurement, change_JGN: Tensor) -> dict[str, Curve]:
+    """By horizon, how much of the way off shows in the clean estimate."""
+    rows = zip(map(str, m.horizons), change_JGN, m.drift_JGN.square(), strict=True)
+    curves = ((j, _ratio(change_GN, square_GN)) for j, change_GN, square_GN in rows)
+    return {j: {"mean": _plain(mean), "error": _plain(error)} for j, (mean, error) in curves}
+
+
 def _norm(squares_GN: Tensor, truth_GN: Tensor) -> Curve:
-    """Root of the ratio of two mean squares; its error to first order, the two being paired."""
-    mean_G, truth_G = squares_GN.mean(dim=1), truth_GN.mean(dim=1)
-    ratio_G = mean_G / truth_G
-    rest_GN = squares_GN - ratio_G[:, None] * truth_GN
-    error_G = rest_GN.std(dim=1) / math.sqrt(rest_GN.shape[1]) / truth_G
+    """Root of the ratio of two mean squares."""
+    ratio_G, error_G = _ratio(squares_GN, truth_GN)
     return {"mean": _plain(ratio_G.sqrt()), "error": _plain(error_G / (2 * ratio_G.sqrt()))}
+
+
+def _ratio(values_GN: Tensor, truth_GN: Tensor) -> tuple[Tensor, Tensor]:
+    """The ratio of two means and its standard error to first order, the two being paired."""
+    mean_G, truth_G = values_GN.mean(dim=1), truth_GN.mean(dim=1)
+    ratio_G = mean_G / truth_G
+    rest_GN = values_GN - ratio_G[:, None] * truth_GN
+    return ratio_G, rest_GN.std(dim=1) / math.sqrt(rest_GN.shape[1]) / truth_G
 
 
 def _law_distance(states: Moments, truth: Moments) -> Curve:

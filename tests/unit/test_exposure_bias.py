@@ -132,6 +132,29 @@ def test_guidance_moves_states_but_not_the_velocity_that_is_judged(scheduler: Pa
     torch.testing.assert_close(found.own_error_JGN[1, 2], error_N, rtol=0, atol=1e-8)
 
 
+def test_the_response_is_how_much_of_the_way_off_shows_in_the_estimate(scheduler: Path) -> None:
+    """Estimates that take over a third of it prompted and half of it unprompted."""
+
+    def takes_over(z: Tensor, sigma: Tensor, number_B: Tensor, prompted: bool) -> Tensor:
+        rows = torch.arange(N)
+        clean, noise = samples()[rows], start_noise(range(N), SHAPE).double()[rows]
+        off = z - (1 - sigma) * clean - sigma * noise
+        share, wrong = (1 / 3, 0.2) if prompted else (1 / 2, 0.0)
+        return (z - (clean + wrong + share * off)) / sigma
+
+    model = report({"one": run(takes_over, scheduler, guidance_scale=2.0)})["models"]["one"]
+    for j in (1, 2, 4):
+        told = model["response"][str(j)]["mean"]
+        assert told == pytest.approx([*[None] * j, *[1 / 3] * (STEPS - j), None])
+        assert max(model["response"][str(j)]["error"][j:-1]) < 1e-9
+        told = model["unprompted_response"][str(j)]["mean"]
+        there = [1 / 2] * (STEPS - j) if j < 4 else [None] * (STEPS - j)
+        assert told == pytest.approx([*[None] * j, *there, None])
+    model = report({"one": run(takes_over, scheduler, guidance_scale=1.0)})["models"]["one"]
+    assert model["response"]["2"]["mean"][2:-1] == pytest.approx([1 / 3] * (STEPS - 2))
+    assert set(model["unprompted_response"]["2"]["mean"]) == {None}
+
+
 def test_a_field_that_leads_back_has_no_gap_however_far_it_drifts(scheduler: Path) -> None:
     """What SOAR trains for: from every state the velocity to its own sample."""
 
