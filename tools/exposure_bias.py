@@ -17,7 +17,7 @@ from soar_mega.data.validation import held_out
 from soar_mega.evaluation.exposure_bias import measure
 from soar_mega.evaluation.exposure_plot import plot
 from soar_mega.evaluation.exposure_report import report, table
-from soar_mega.evaluation.models import compute_dtype, find_model, load_model
+from soar_mega.evaluation.models import compute_dtype, find_model, load_transformer
 from soar_mega.evaluation.plan import label_models
 from soar_mega.parallel.mesh import Mesh
 
@@ -119,7 +119,7 @@ def _measure(args: argparse.Namespace) -> None:
     for label, source in sources.items():
         print(f"measuring {label}", flush=True)
         found[label] = measure(
-            load_model(source, mesh, dtype).velocities,
+            load_transformer(source, mesh, dtype),
             prompts,
             empty,
             Path(source.base) / "scheduler",

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from soar_mega.evaluation.models import compute_dtype, find_model, load_model
+from soar_mega.data.encoders import FrozenEncoders
+from soar_mega.evaluation.models import compute_dtype, find_model, load_transformer
 from soar_mega.evaluation.painter import Batch, Painter
 from soar_mega.parallel.mesh import Mesh
 from soar_mega.sampling.pictures import grid
@@ -87,11 +88,11 @@ def _draw(args: argparse.Namespace, prompts: list[str]) -> None:
     source = find_model(args.model, args.weights)
     height, width = args.height or source.resolution, args.width or source.resolution
     source.check_size(height, width, "--height or --width")
-    model = load_model(source, mesh, compute_dtype(mesh.device))
+    dtype = compute_dtype(mesh.device)
     painter = Painter(
-        model.velocities,
-        model.encoders,
-        model.scheduler,
+        load_transformer(source, mesh, dtype),
+        FrozenEncoders.load(source.base, device=mesh.device, dtype=dtype),
+        source.base / "scheduler",
         mesh,
         latent_shape=source.latent_shape(height, width),
         max_sequence_length=args.max_sequence_length or source.max_sequence_length,

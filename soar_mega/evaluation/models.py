@@ -167,22 +167,13 @@ def _t5_tokens(base: Path) -> int:
     return min(_T5_TOKENS, int(limit)) if isinstance(limit, int | float) else _T5_TOKENS
 
 
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model that is ready to draw; see ``Painter``."""
-
-    velocities: ModelFunction
-    encoders: FrozenEncoders
-    scheduler: Path
-
-
-def load_model(source: ModelSource, mesh: Mesh, dtype: torch.dtype) -> LoadedModel:
-    """Load it, spread over the tensor and pipeline ranks of the mesh; every rank calls it.
+def load_transformer(source: ModelSource, mesh: Mesh, dtype: torch.dtype) -> ModelFunction:
+    """Its velocities, the model spread over the tensor and pipeline ranks; every rank calls it.
 
     Args:
         source: The same on every rank.
         mesh: Where this process stands.
-        dtype: Of the transformer and the text encoders.
+        dtype: Of the weights.
 
     Raises:
         ValueError: A file is damaged, or the mesh does not fit the architecture.
@@ -192,8 +183,35 @@ def load_model(source: ModelSource, mesh: Mesh, dtype: torch.dtype) -> LoadedMod
     costs = layer_costs(architecture, tokens, facts.text_tokens(source.max_sequence_length))
     stage = build_stage(architecture, mesh, dtype, costs)
     load_weights(source.weights_from, [stage], mesh, source.weights)
-    encoders = FrozenEncoders.load(source.base, device=mesh.device, dtype=dtype)
-    return LoadedModel(velocities_of(stage, mesh), encoders, source.base / "scheduler")
+    return velocities_of(stage, mesh)
+
+
+class LastEncoders:
+    """Encoders of the model at hand, kept for the next one: checkpoints of a base share them.
+
+    Args:
+        device: Where to compute.
+        dtype: Of the text encoders.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._device, self._dtype = device, dtype
+        self._base: Path | None = None
+        self._encoders: FrozenEncoders | None = None
+
+    def of(self, source: ModelSource) -> FrozenEncoders:
+        """Those of the model's base.
+
+        Raises:
+            ValueError: A part does not load.
+        """
+        if self._encoders is None or source.base != self._base:
+            self._encoders = None  # before others come: published ones fill half a GPU
+            self._encoders = FrozenEncoders.load(
+                source.base, device=self._device, dtype=self._dtype
+            )
+            self._base = source.base
+        return self._encoders
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:

@@ -20,7 +20,7 @@ from PIL import Image
 from soar_mega.checkpoint.agree import on_rank_0
 from soar_mega.evaluation.gallery import Gallery, Pictures, draw_missing
 from soar_mega.evaluation.html_report import html_report
-from soar_mega.evaluation.models import compute_dtype, load_model
+from soar_mega.evaluation.models import LastEncoders, compute_dtype, load_transformer
 from soar_mega.evaluation.painter import Painter
 from soar_mega.evaluation.plan import Plan, drawn_from
 from soar_mega.evaluation.results import CONFIDENCE, RESAMPLES, of_set, summarise
@@ -80,8 +80,9 @@ def evaluate(
     tell = tell if mesh.rank == 0 else lambda line: None
     began = time.monotonic()
     facts: dict[str, Any] = {"models": {}, "scorers": {}}
+    encoders = LastEncoders(mesh.device, compute_dtype(mesh.device))
     for label in plan.models:
-        facts["models"][label] = _draw(plan, label, out, mesh, tell)
+        facts["models"][label] = _draw(plan, label, encoders, out, mesh, tell)
     scores: AllScores = {label: {} for label in plan.models}
     found: dict[str, Any] = {}
     for scorer in scorers:
@@ -111,17 +112,21 @@ def evaluate(
 
 
 def _draw(
-    plan: Plan, label: str, out: Path, mesh: Mesh, tell: Callable[[str], None]
+    plan: Plan,
+    label: str,
+    encoders: LastEncoders,
+    out: Path,
+    mesh: Mesh,
+    tell: Callable[[str], None],
 ) -> dict[str, Any]:
     model, settings, dtype = plan.models[label], plan.settings, compute_dtype(mesh.device)
 
     def make_painter() -> Painter:
         tell(f"{label}: loading {model.given}")
-        loaded = load_model(model.source, mesh, dtype)
         return Painter(
-            loaded.velocities,
-            loaded.encoders,
-            loaded.scheduler,
+            load_transformer(model.source, mesh, dtype),
+            encoders.of(model.source),
+            model.source.base / "scheduler",
             mesh,
             latent_shape=model.source.latent_shape(model.size, model.size),
             max_sequence_length=model.source.max_sequence_length,
