@@ -279,7 +279,7 @@ def test_the_first_records_can_still_be_read() -> None:
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
-    for name in ("2026-11-25_cpu_data.json", "2026-11-27_cpu_checkpoint.json"):
+    for name in ("2026-11-25_cpu_data.json", "2026-11-29_cpu_checkpoint.json"):
         with pytest.raises(ConfigError, match="give one that gpu or cpu wrote"):
             read_record(ROOT / "benchmarks/results" / name)
     (tmp_path / "broken.json").write_text("{")
