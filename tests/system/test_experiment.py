@@ -37,6 +37,10 @@ def test_short_experiment(tmp_path: Path) -> None:
     # Pretrained: pages are legible before any training here.
     frechet = found["guided"]["scorers"]["handwriting_frechet"]["models"]["base"]["pixels"]
     assert frechet["overall"]["value"] < 1
+    experiment.measure_exposure(arms, SAMPLINGS[0])
+    exposure = json.loads((tmp_path / "exposure/exposure_bias.json").read_text())
+    assert (exposure["samples"], exposure["steps"]) == (8, SAMPLINGS[0].steps)
+    assert list(exposure["models"]) == ["sft", "soar"]
     files = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
     before = [path.stat().st_mtime_ns for path in files]
     assert experiment.run(arms, SAMPLINGS[:1]) == found
