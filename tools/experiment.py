@@ -7,19 +7,20 @@ import argparse
 import sys
 from pathlib import Path
 
-from soar_mega.evaluation.experiment.arms import ABLATIONS, EXPOSED, MAIN, SAMPLINGS, SEEDS
+from soar_mega.evaluation.experiment.arms import ABLATIONS, EXPOSED, MAIN, SAMPLINGS, SEEDS, STEPS
 from soar_mega.evaluation.experiment.report import write_report
 from soar_mega.evaluation.experiment.run import Experiment, ExperimentError
 
 _EPILOG = """\
-DIR gets data/ and encoded/ (pages), runs/ARM-SEED, pictures/ (drawn and scored by
+DIR gets settings.json, data/ and encoded/ (pages), runs/ARM-SEED, pictures/ (drawn and scored by
 tools/evaluate.py, one folder a way to draw), exposure/ (exposure bias of SFT, SOAR and seven draws,
 seed 1), logs/, tables.md, summary.json, scores.png and differences.png. The same command goes on
-where it was stopped.
+where it was stopped; --full and more --seeds add to what is there.
 
 examples:
   tools/experiment.py
   tools/experiment.py --full
+  tools/experiment.py --steps 400 --seeds 1 --out runs/longer
 """
 
 
@@ -31,6 +32,13 @@ def main() -> int:
     parser.add_argument("--full", action="store_true", help="the ablations too")
     parser.add_argument(
         "--seeds", type=int, default=SEEDS, metavar="N", help="runs of every arm (default: 5)"
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=STEPS,
+        metavar="N",
+        help=f"of every arm at equal steps (default: {STEPS}); equal compute lasts accordingly",
     )
     parser.add_argument(
         "--jobs", type=int, default=2, metavar="N", help="processes at a time (default: 2)"
@@ -53,7 +61,8 @@ def main() -> int:
         help="a setting of every training run, for a shorter trial; may be given again",
     )
     arguments = parser.parse_args()
-    arms = [*MAIN, *ABLATIONS] if arguments.full else list(MAIN)
+    chosen = [*MAIN, *ABLATIONS] if arguments.full else MAIN
+    arms = [arm.longer(arguments.steps / STEPS) for arm in chosen]
     experiment = Experiment(
         Path(__file__).resolve().parents[1],
         arguments.out,

@@ -58,6 +58,8 @@ def test_arms_have_names_of_their_own_and_equal_compute_is_equal() -> None:
     assert len(set(names)) == len(names)
     compute = {arm.name: arm.steps * arm.forwards for arm in MAIN}
     assert compute["sft_compute"] == pytest.approx(compute["soar"], rel=0.01)
+    longer = {arm.name: arm.longer(4).steps for arm in MAIN}
+    assert longer == {arm.name: 4 * arm.steps for arm in MAIN}
 
 
 def made_up() -> dict[str, Any]:
@@ -96,6 +98,9 @@ def test_the_report_holds_tables_numbers_and_plots(tmp_path: Path) -> None:
     text = write_report(tmp_path, made_up(), MAIN, SEEDS)
     assert "SOAR minus SFT: 0.100 [0.100, 0.100]: the 95 % interval excludes 0" in text
     assert "SFT, SOAR's compute, equal compute: 0.100" in text
+    alone = write_report(tmp_path, made_up(), MAIN, SEEDS[:1])
+    assert "SOAR minus SFT: 0.100: one seed has no interval" in alone and "nan]" not in alone
+    text = write_report(tmp_path, made_up(), MAIN, SEEDS)
     assert "| base | 0.200 | 0.200 | 0.200 | 0.200 |" in text
     assert (tmp_path / "tables.md").read_text().strip() == text
     content = json.loads((tmp_path / "summary.json").read_text())

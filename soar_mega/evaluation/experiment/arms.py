@@ -7,7 +7,7 @@ same order with the same base noise, so differences are taken seed by seed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 NUM_SAMPLING_STEPS = 10  # K, of the rollout and of the sampler that is judged
 GUIDANCE = 3.0  # of both
@@ -34,6 +34,10 @@ class Arm:
     forwards: int
     overrides: tuple[str, ...] = ()
     steps: int = STEPS
+
+    def longer(self, factor: float) -> Arm:
+        """The same with ``factor`` times as many steps, at least one."""
+        return replace(self, steps=max(round(self.steps * factor), 1))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from soar_mega.evaluation.experiment import plots, summary
-from soar_mega.evaluation.experiment.arms import PRIMARY, SOAR, Arm
+from soar_mega.evaluation.experiment.arms import ABLATIONS, PRIMARY, SOAR, Arm
 
 
 def write_report(
@@ -26,13 +26,15 @@ def write_report(
         The tables.
     """
     results = summary.Results(found, seeds)
-    others = [arm for arm in arms if arm is not SOAR]
+    (soar,) = (arm for arm in arms if arm.name == SOAR.name)
+    others = [arm for arm in arms if arm is not soar]
+    ablations = {arm.name for arm in ABLATIONS}
     text = "\n\n".join(
         [
-            summary.headline(results, SOAR, others),
+            summary.headline(results, soar, others),
             summary.by_sampling(results, arms),
             summary.by_kind(results, arms),
-            summary.differences(results, SOAR, others),
+            summary.differences(results, soar, others),
         ]
     )
     (out / "tables.md").write_text(text + "\n", encoding="utf-8")
@@ -54,6 +56,8 @@ def write_report(
         },
     }
     (out / "summary.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    plots.plot_scores(results, arms, out / "scores.png")
-    plots.plot_differences(results, SOAR, others, out / "differences.png")
+    # An ablation shows in its difference; sixteen bars a group show nothing.
+    compared = [arm for arm in arms if arm.name not in ablations]
+    plots.plot_scores(results, compared, out / "scores.png")
+    plots.plot_differences(results, soar, others, out / "differences.png")
     return text

@@ -63,11 +63,32 @@ class Experiment:
         """Everything that is not there yet; returns each sampling's ``results.json`` by its name.
 
         Raises:
-            ExperimentError: A step failed.
+            ExperimentError: A step failed, or the folder is of another experiment.
         """
+        self._claim(arms)
         self.make_data()
         self.train(arms)
         return {sampling.name: self.judge(arms, sampling) for sampling in samplings}
+
+    def _claim(self, arms: Sequence[Arm]) -> None:
+        # Seeds and arms may be added to a folder; nothing else may change what is in it.
+        mine = {
+            "pages": self.pages,
+            "pictures": self.pictures,
+            "steps": min(arm.steps for arm in arms),
+            "set": list(self.overrides),
+        }
+        file = self.out / "settings.json"
+        if not file.is_file():
+            self.out.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(mine) + "\n", encoding="utf-8")
+        made = json.loads(file.read_text(encoding="utf-8"))
+        for name, value in mine.items():
+            if made[name] != value:
+                raise ExperimentError(
+                    f"{self.out} was made with {name} {made[name]}, now it is {value}: one folder "
+                    "holds one experiment; name another with --out"
+                )
 
     def make_data(self) -> None:
         """Pages, the pipeline folder, and both encoded."""

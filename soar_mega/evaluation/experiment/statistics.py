@@ -23,6 +23,8 @@ class Estimate:
         return self.low > 0 or self.high < 0
 
     def __str__(self) -> str:
+        if math.isnan(self.low):
+            return f"{self.mean:.3f}"
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from soar_mega.data.tiny.pages import KINDS
-from soar_mega.evaluation.experiment.arms import PRIMARY, SAMPLINGS, SFT, Arm
+from soar_mega.evaluation.experiment.arms import PRIMARY, SAMPLINGS, Arm
 from soar_mega.evaluation.experiment.statistics import Estimate, estimate, paired_difference
 
 # Scorer and metric, in the tables' words.
@@ -107,11 +107,11 @@ def headline(results: Results, first: Arm, others: Sequence[Arm]) -> str:
     lines = []
     for other in others:
         found = results.difference(first, other)
-        verdict = "excludes 0" if found.excludes_zero else "includes 0"
-        equal = "" if other.steps == SFT.steps else ", equal compute"
-        lines.append(
-            f"{first.title} minus {other.title}{equal}: {found}: the 95 % interval {verdict}"
-        )
+        verdict = f"the 95 % interval {'excludes' if found.excludes_zero else 'includes'} 0"
+        if len(results.seeds) == 1:
+            verdict = "one seed has no interval"
+        equal = "" if other.steps == first.steps else ", equal compute"
+        lines.append(f"{first.title} minus {other.title}{equal}: {found}: {verdict}")
     return "\n".join(lines)
 
 
