@@ -42,7 +42,8 @@ def plot_scores(results: Results, arms: Sequence[Arm], path: Path) -> None:
             title + (" (higher is better)" if "correct" in title else " (lower is better)")
         )
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0].legend(fontsize=7, frameon=False)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     figure.savefig(path, dpi=_DPI)
 
 
@@ -64,7 +65,9 @@ def plot_differences(results: Results, first: Arm, others: Sequence[Arm], path: 
     panel.axvline(0, color="black", linewidth=0.8)
     panel.set_yticks(range(len(others)), [other.title for other in reversed(others)])
     panel.set_ylim(-0.5, len(others) - 0.5)
-    panel.set_xlabel(f"{first.title} minus the other: share of held-out prompts, {sampling}")
+    panel.set_xlabel(
+        f"{first.title} minus the other: share of held-out prompts drawn right, {sampling}"
+    )
     panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=_DPI)
 
