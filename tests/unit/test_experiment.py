@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,15 @@ from PIL import Image
 
 from soar_mega.config import load_config
 from soar_mega.data.tiny.pages import KINDS
-from soar_mega.evaluation.experiment.arms import ABLATIONS, IDEAL, MAIN, PRIMARY, SAMPLINGS, SOAR
+from soar_mega.evaluation.experiment.arms import (
+    ABLATIONS,
+    IDEAL,
+    MAIN,
+    PRIMARY,
+    SAMPLINGS,
+    SOAR,
+    Arm,
+)
 from soar_mega.evaluation.experiment.arms import SFT as SFT_ARM
 from soar_mega.evaluation.experiment.report import write_report
 from soar_mega.evaluation.experiment.statistics import estimate, paired_difference
@@ -62,7 +72,7 @@ def test_arms_have_names_of_their_own_and_equal_compute_is_equal() -> None:
     assert longer == {arm.name: 4 * arm.steps for arm in MAIN}
 
 
-def made_up() -> dict[str, Any]:
+def made_up(arms: Sequence[Arm] = MAIN) -> dict[str, Any]:
     """SOAR 0.1 above everything, whatever the seed and the way to draw."""
 
     def part(value: float) -> dict[str, Any]:
@@ -70,7 +80,7 @@ def made_up() -> dict[str, Any]:
         return {"overall": whole, "categories": {kind: whole for kind in KINDS}}
 
     models: dict[str, float] = {BASE: 0.2}
-    for arm in MAIN:
+    for arm in arms:
         for seed in SEEDS:
             models[f"{arm.name}-{seed}"] = 0.3 + 0.01 * seed + 0.1 * (arm is SOAR)
     scorers = {
@@ -82,7 +92,7 @@ def made_up() -> dict[str, Any]:
             }
         },
     }
-    return {sampling.name: {"scorers": scorers} for sampling in SAMPLINGS}
+    return {sampling.name: {"scorers": deepcopy(scorers)} for sampling in SAMPLINGS}
 
 
 def test_differences_are_paired_by_seed() -> None:
@@ -107,3 +117,24 @@ def test_the_report_holds_tables_numbers_and_plots(tmp_path: Path) -> None:
     assert content["by_seed"]["soar"]["guided"]["handwriting/correct"][0] == pytest.approx(0.41)
     for name in ("scores.png", "differences.png"):
         assert Image.open(tmp_path / name).size[0] > 500
+
+
+def test_an_ablation_is_drawn_in_its_own_ways_only(tmp_path: Path) -> None:
+    arms = [*MAIN, *ABLATIONS]
+    found = made_up(arms)
+    for sampling in SAMPLINGS:
+        for scorer in found[sampling.name]["scorers"].values():
+            for arm in arms:
+                if sampling.name not in arm.drawn:
+                    for seed in SEEDS:
+                        del scorer["models"][f"{arm.name}-{seed}"]
+    assert all(PRIMARY[0] in arm.drawn for arm in arms)
+    text = write_report(tmp_path, found, arms, SEEDS)
+    drawn = "0.320 [0.295, 0.345]"
+    assert f"| lambda 3 | {drawn} |  |  |  |" in text
+    assert f"| K = 30 | {drawn} |  |  | {drawn} |" in text
+    assert (
+        "| K = 30 | correct | **0.100 [0.100, 0.100]** |  |  | **0.100 [0.100, 0.100]** |" in text
+    )
+    content = json.loads((tmp_path / "summary.json").read_text())
+    assert list(content["by_seed"]["guidance_1"]) == ["guided", "unguided"]

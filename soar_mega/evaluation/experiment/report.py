@@ -51,6 +51,7 @@ def write_report(
             arm.name: {
                 s.name: {m: results.values(s.name, arm, m) for m in summary.METRICS}
                 for s in results.samplings
+                if s.name in arm.drawn
             }
             for arm in arms
         },

@@ -120,9 +120,10 @@ class Experiment:
                 run.result()
 
     def judge(self, arms: Sequence[Arm], sampling: Sampling) -> dict[str, Any]:
-        """Draw the held-out prompts with every model and score them: its ``results.json``."""
+        """Draw the held-out prompts with the arms drawn so and score them: its ``results.json``."""
         out = self.out / "pictures" / sampling.name
-        runs = [f"{arm.name}-{seed}" for arm in arms for seed in self.seeds]
+        drawn = [arm for arm in arms if sampling.name in arm.drawn]
+        runs = [f"{arm.name}-{seed}" for arm in drawn for seed in self.seeds]
         models = [f"{BASE}={self.out / 'data' / 'sd35'}"]
         models += [f"{run}={self.out / 'runs' / run}" for run in runs]
         self._tool(
@@ -187,7 +188,8 @@ class Experiment:
         log = self.out / "logs" / f"{title.replace(' ', '-').replace(',', '')}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
-        print(f"[{began - self._began:6.0f} s] {title}", flush=True)
+        # One write a line: several runs start at a time.
+        print(f"[{began - self._began:6.0f} s] {title}\n", end="", flush=True)
         with log.open("w") as file:
             file.write(shlex.join([*launcher, *command]) + "\n")
             file.flush()

@@ -64,7 +64,10 @@ def by_sampling(results: Results, arms: Sequence[Arm]) -> str:
             ["base", *(f"{results.value(s.name, BASE, metric):.3f}" for s in results.samplings)]
         ]
         for arm in arms:
-            cells = [str(estimate(results.values(s.name, arm, metric))) for s in results.samplings]
+            cells = [
+                str(estimate(results.values(s.name, arm, metric))) if s.name in arm.drawn else ""
+                for s in results.samplings
+            ]
             rows.append([arm.title, *cells])
         parts.append(_markdown(head, rows))
     return "\n\n".join(parts)
@@ -97,6 +100,9 @@ def _difference_rows(results: Results, first: Arm, others: Sequence[Arm]) -> Ite
         for metric, title in METRICS.items():
             cells = []
             for sampling in results.samplings:
+                if sampling.name not in other.drawn:
+                    cells.append("")
+                    continue
                 found = results.difference(first, other, sampling.name, metric)
                 cells.append(f"**{found}**" if found.excludes_zero else str(found))
             yield [other.title, title, *cells]
