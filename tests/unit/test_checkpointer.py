@@ -137,6 +137,7 @@ def stress(root: str) -> list[str]:
                 def full(*_: Any) -> None:
                     raise OSError(errno.EDQUOT, "Disk quota exceeded")
 
+                checkpointer.join()  # a busy machine still writes step 4
                 patch.setattr("soar_mega.checkpoint.state_files.DataFile.write", full)
             try:
                 checkpointer.save(step, state, {"step": step})
