@@ -65,9 +65,7 @@ def plot_differences(results: Results, first: Arm, others: Sequence[Arm], path: 
     panel.axvline(0, color="black", linewidth=0.8)
     panel.set_yticks(range(len(others)), [other.title for other in reversed(others)])
     panel.set_ylim(-0.5, len(others) - 0.5)
-    panel.set_xlabel(
-        f"{first.title} minus the other: share of held-out prompts drawn right, {sampling}"
-    )
+    panel.set_xlabel(f"{first.title} minus the other: share drawn right, {sampling}")
     panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=_DPI)
 
