@@ -27,7 +27,7 @@ experiment: $(DEMO_READY) ## SOAR against SFT and its controls: tables and plots
 	$(BIN)/python tools/experiment.py
 
 experiment-full: $(DEMO_READY) ## the same with the ablations
-	$(BIN)/python tools/experiment.py --full
+	$(BIN)/python tools/experiment.py --ablations
 
 test: check ## static checks and the tests, about 55 minutes on 2 cores
 	$(BIN)/python -m pytest -m "not full" --durations=40

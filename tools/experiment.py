@@ -14,12 +14,14 @@ from soar_mega.evaluation.experiment.run import Experiment, ExperimentError
 _EPILOG = """\
 DIR gets settings.json, data/ and encoded/ (pages), runs/ARM-SEED, pictures/ (drawn and scored by
 tools/evaluate.py, one folder a way to draw), exposure/ (exposure bias of SFT, SOAR and seven draws,
-seed 1), logs/, tables.md, summary.json, scores.png and differences.png. The same command goes on
-where it was stopped; --full and more --seeds add to what is there.
+seed 1), logs/, tables.md, summary.json, scores.png, differences.png and, with ablations,
+ablations.png. The same command goes on where it was stopped; ablations and more seeds may be added
+to what is there.
 
 examples:
   tools/experiment.py
-  tools/experiment.py --full
+  tools/experiment.py --ablations
+  tools/experiment.py --ablations guidance_1 --seeds 13
   tools/experiment.py --steps 400 --seeds 1 --out runs/longer
 """
 
@@ -29,7 +31,13 @@ def main() -> int:
         description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("runs/experiment"), metavar="DIR")
-    parser.add_argument("--full", action="store_true", help="the ablations too")
+    parser.add_argument(
+        "--ablations",
+        nargs="*",
+        choices=[arm.name for arm in ABLATIONS],
+        metavar="NAME",
+        help="these too, without a name all of them: %(choices)s",
+    )
     parser.add_argument(
         "--seeds", type=int, default=SEEDS, metavar="N", help="runs of every arm (default: 5)"
     )
@@ -61,8 +69,9 @@ def main() -> int:
         help="a setting of every training run, for a shorter trial; may be given again",
     )
     arguments = parser.parse_args()
-    chosen = [*MAIN, *ABLATIONS] if arguments.full else MAIN
-    arms = [arm.longer(arguments.steps / STEPS) for arm in chosen]
+    wanted = arguments.ablations
+    ablations = [] if wanted is None else [a for a in ABLATIONS if not wanted or a.name in wanted]
+    arms = [arm.longer(arguments.steps / STEPS) for arm in (*MAIN, *ablations)]
     experiment = Experiment(
         Path(__file__).resolve().parents[1],
         arguments.out,

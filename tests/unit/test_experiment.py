@@ -116,6 +116,7 @@ def test_the_report_holds_tables_numbers_and_plots(tmp_path: Path) -> None:
     assert content["by_seed"]["soar"]["guided"]["handwriting/correct"][0] == pytest.approx(0.41)
     for name in ("scores.png", "differences.png"):
         assert Image.open(tmp_path / name).size[0] > 500
+    assert not (tmp_path / "ablations.png").exists()
 
 
 def test_an_ablation_is_drawn_in_its_own_ways_only(tmp_path: Path) -> None:
@@ -135,5 +136,9 @@ def test_an_ablation_is_drawn_in_its_own_ways_only(tmp_path: Path) -> None:
     assert (
         "| K = 30 | correct | **0.100 [0.100, 0.100]** |  |  | **0.100 [0.100, 0.100]** |" in text
     )
+    none = "0.000 [0.000, 0.000]"
+    assert f"| rollout unguided | unguided | correct | {none} | {none} | {none} |" in text
+    assert "rollout unguided | few steps" not in text
+    assert Image.open(tmp_path / "ablations.png").size[0] > 500
     content = json.loads((tmp_path / "summary.json").read_text())
     assert list(content["by_seed"]["guidance_1"]) == ["guided", "unguided"]

@@ -47,26 +47,44 @@ def plot_scores(results: Results, arms: Sequence[Arm], path: Path) -> None:
     figure.savefig(path, dpi=_DPI)
 
 
-def plot_differences(results: Results, first: Arm, others: Sequence[Arm], path: Path) -> None:
-    """``first`` minus each other arm by the score decided on, a dot a seed, with its interval."""
-    figure, (panel,) = _panels(1, width=6.0, height=0.55 * len(others) + 1.3)
-    sampling, metric = PRIMARY
-    for row, other in enumerate(reversed(others)):
-        found = results.difference(first, other)
-        mine, theirs = (results.values(sampling, arm, metric) for arm in (first, other))
-        panel.plot(
-            [one - two for one, two in zip(mine, theirs, strict=True)],
-            [row] * len(mine),
-            ".",
-            color=_COLOURS[0],
-        )
-        ends = [[found.mean - found.low], [found.high - found.mean]]
-        panel.errorbar(found.mean, row, xerr=ends, fmt="o", color=_COLOURS[1], capsize=3)
-    panel.axvline(0, color="black", linewidth=0.8)
-    panel.set_yticks(range(len(others)), [other.title for other in reversed(others)])
-    panel.set_ylim(-0.5, len(others) - 0.5)
-    panel.set_xlabel(f"{first.title} minus the other: share drawn right, {sampling}")
-    panel.spines[["top", "right"]].set_visible(False)
+def plot_differences(
+    results: Results, pairs: Sequence[tuple[str, Sequence[tuple[Arm, Arm]]]], path: Path
+) -> None:
+    """Differences drawn as the comparison is decided: a dot a seed, the mean with its interval.
+
+    Args:
+        results: What was found.
+        pairs: A row's label and its (first, second) arms: first minus second, one below the other.
+        path: PNG to write.
+    """
+    metrics = list(METRICS.items())[:2]
+    figure, panels = _panels(len(metrics), width=4.8, height=0.45 * len(pairs) + 1.4)
+    labels = [label for label, _ in reversed(pairs)]
+    for panel, (metric, title) in zip(panels, metrics, strict=True):
+        for row, (_, two) in enumerate(reversed(pairs)):
+            if row % 2 and len(two) > 1:
+                panel.axhspan(row - 0.5, row + 0.5, color="#f1f3f6", zorder=0)
+            for place, (first, second) in enumerate(two):
+                y = row - (place - (len(two) - 1) / 2) * 0.24
+                colour = _COLOURS[1:][place]
+                found = results.difference(first, second, metric=metric)
+                ones, others = (results.values(PRIMARY[0], arm, metric) for arm in (first, second))
+                seeds = [one - other for one, other in zip(ones, others, strict=True)]
+                panel.plot(seeds, [y] * len(seeds), ".", color=colour, alpha=0.4, markersize=4)
+                ends = [[found.mean - found.low], [found.high - found.mean]]
+                label = f"minus {second.title}" if len(two) > 1 and row == 0 else None
+                style = {"fmt": "o", "color": colour, "capsize": 2, "markersize": 4}
+                panel.errorbar(found.mean, y, xerr=ends, label=label, **style)
+        panel.axvline(0, color="black", linewidth=0.8)
+        panel.locator_params(axis="x", nbins=6)
+        panel.set_yticks(range(len(labels)), labels if panel is panels[0] else [""] * len(labels))
+        panel.set_ylim(-0.6, len(labels) - 0.4)
+        better = "higher" if metric == PRIMARY[1] else "lower"
+        panel.set_title(f"difference in {title} ({better} is better)", fontsize=10)
+        panel.spines[["top", "right"]].set_visible(False)
+    handles, names = panels[0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
     figure.savefig(path, dpi=_DPI)
 
 

@@ -16,6 +16,8 @@ def write_report(
 ) -> str:
     """``tables.md``, ``summary.json``, ``scores.png`` and ``differences.png`` in ``out``.
 
+    With ablations ``ablations.png`` too: SOAR's and theirs against the controls at equal steps.
+
     Args:
         out: Folder to write into.
         found: By sampling's name, the content of its ``results.json``.
@@ -28,15 +30,19 @@ def write_report(
     results = summary.Results(found, seeds)
     (soar,) = (arm for arm in arms if arm.name == SOAR.name)
     others = [arm for arm in arms if arm is not soar]
-    ablations = {arm.name for arm in ABLATIONS}
-    text = "\n\n".join(
-        [
-            summary.headline(results, soar, others),
-            summary.by_sampling(results, arms),
-            summary.by_kind(results, arms),
-            summary.differences(results, soar, others),
-        ]
-    )
+    names = {arm.name for arm in ABLATIONS}
+    ablations = [arm for arm in arms if arm.name in names]
+    opponents = [arm for arm in others if arm.name not in names]
+    controls = [arm for arm in opponents if arm.steps == soar.steps]
+    parts = [
+        summary.headline(results, soar, others),
+        summary.by_sampling(results, arms),
+        summary.by_kind(results, arms),
+        summary.differences(results, soar, others),
+    ]
+    if ablations:
+        parts.append(summary.against(results, ablations, controls))
+    text = "\n\n".join(parts)
     (out / "tables.md").write_text(text + "\n", encoding="utf-8")
     content = {
         "primary": PRIMARY,
@@ -58,7 +64,11 @@ def write_report(
     }
     (out / "summary.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     # An ablation shows in its difference; sixteen bars a group show nothing.
-    compared = [arm for arm in arms if arm.name not in ablations]
+    compared = [arm for arm in arms if arm.name not in names]
     plots.plot_scores(results, compared, out / "scores.png")
-    plots.plot_differences(results, soar, others, out / "differences.png")
+    rows = [(f"{soar.title} minus {other.title}", [(soar, other)]) for other in opponents]
+    plots.plot_differences(results, rows, out / "differences.png")
+    if ablations:
+        rows = [(arm.title, [(arm, other) for other in controls]) for arm in (soar, *ablations)]
+        plots.plot_differences(results, rows, out / "ablations.png")
     return text

@@ -103,9 +103,29 @@ def _difference_rows(results: Results, first: Arm, others: Sequence[Arm]) -> Ite
                 if sampling.name not in other.drawn:
                     cells.append("")
                     continue
-                found = results.difference(first, other, sampling.name, metric)
-                cells.append(f"**{found}**" if found.excludes_zero else str(found))
+                cells.append(_bold(results.difference(first, other, sampling.name, metric)))
             yield [other.title, title, *cells]
+
+
+def against(results: Results, arms: Sequence[Arm], controls: Sequence[Arm]) -> str:
+    """Each arm minus each control, in every way the arm is drawn, paired by seed."""
+    rows = [
+        [
+            arm.title,
+            sampling.name.replace("_", " "),
+            title,
+            *(_bold(results.difference(arm, c, sampling.name, metric)) for c in controls),
+        ]
+        for arm in arms
+        for sampling in results.samplings
+        if sampling.name in arm.drawn
+        for metric, title in METRICS.items()
+    ]
+    return _markdown(["", "drawn", "metric", *(f"minus {c.title}" for c in controls)], rows)
+
+
+def _bold(found: Estimate) -> str:
+    return f"**{found}**" if found.excludes_zero else str(found)
 
 
 def headline(results: Results, first: Arm, others: Sequence[Arm]) -> str:
