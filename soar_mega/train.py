@@ -74,6 +74,7 @@ def _run(argv: list[str] | None, signals: Signals) -> int:
     # torch and the model libraries take seconds to import; a typo is told before.
     from soar_mega.checkpoint.errors import CheckpointError
     from soar_mega.data.errors import DataError, TooManyBadSamplesError
+    from soar_mega.launch.processes import leave_processes
     from soar_mega.launch.rendezvous import RendezvousError
     from soar_mega.parallel.errors import PeerError
     from soar_mega.training.health import SickRunError
@@ -83,9 +84,9 @@ def _run(argv: list[str] | None, signals: Signals) -> int:
     try:
         outcome = train(config, signals)
     except ConfigError as error:
-        return _fail(error, CONFIG_ERROR)
+        code = _fail(error, CONFIG_ERROR)
     except (SickRunError, StuckRunError, TooManyBadSamplesError) as error:
-        return _fail(error, DO_NOT_RESTART)
+        code = _fail(error, DO_NOT_RESTART)
     except CheckpointError as error:
         return _fail(error, FAILED)
     except RendezvousError as error:
@@ -94,7 +95,10 @@ def _run(argv: list[str] | None, signals: Signals) -> int:
         return _fail(error, FAILED, everywhere=True)
     except DataError as error:  # one rank's sample: the others have not heard of it
         return _fail(error, FAILED, everywhere=True)
-    return {"finished": DONE, "stopped": DO_NOT_RESTART, "interrupted": REQUEUE}[outcome]
+    else:
+        return {"finished": DONE, "stopped": DO_NOT_RESTART, "interrupted": REQUEUE}[outcome]
+    leave_processes()  # a Slurm job is given again, or not, by the exit code
+    return code
 
 
 def _let_rank_0_speak(signals: Signals) -> None:

@@ -120,6 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
     from soar_mega.checkpoint.errors import CheckpointError
     from soar_mega.evaluation.plan import Settings
     from soar_mega.evaluation.scoring import ScoringError
+    from soar_mega.launch.processes import leave_processes
     from soar_mega.launch.rendezvous import RendezvousError
     from soar_mega.parallel.errors import PeerError
 
@@ -127,19 +128,21 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         _evaluate(Settings(**given), args.models, args.scorers, args.out)
     except ConfigError as error:
-        return _fail(error, CONFIG_ERROR)
+        code = _fail(error, CONFIG_ERROR)
     except (CheckpointError, ScoringError) as error:
-        return _fail(error, FAILED)
+        code = _fail(error, FAILED)
     except (PeerError, OSError) as error:  # of this process: the others have not heard of it
         return _fail(error, FAILED, everywhere=True)
     except RendezvousError as error:
         return _fail(RuntimeError(f"{error}: {error.fix}"), FAILED, everywhere=True)
-    return DONE
+    else:
+        code = DONE
+    leave_processes()
+    return code
 
 
 def _evaluate(settings: Settings, models: list[str], named: list[str], out: Path) -> None:
     import torch
-    import torch.distributed as dist
 
     from soar_mega.evaluation.plan import prepare
     from soar_mega.evaluation.run import evaluate
@@ -178,8 +181,6 @@ def _evaluate(settings: Settings, models: list[str], named: list[str], out: Path
         if results["scorers"]:
             print(table(results))
         print(f"wrote {out}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _fail(error: Exception, code: int, *, everywhere: bool = False) -> int:

@@ -57,3 +57,13 @@ def start_processes(process: ProcessEnvironment, device: torch.device, timeout: 
         timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
+
+
+def leave_processes() -> None:
+    """Leave the default process group, before an end that every rank comes to.
+
+    Where it is left up, gloo's threads abort the interpreter's exit now and then, and a launcher
+    sees signal 6 in place of the exit code: 2 of 4 refused evaluations (torch 2.13, 2 processes).
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 
 from soar_mega.checkpoint.agree import on_rank_0
 from soar_mega.config import Config, ConfigError
 from soar_mega.data.errors import TooManyBadSamplesError
 from soar_mega.evaluation.scoring import ScoringError
 from soar_mega.launch.environment import ProcessEnvironment
-from soar_mega.launch.processes import device_of, start_processes
+from soar_mega.launch.processes import device_of, leave_processes, start_processes
 from soar_mega.launch.signals import Signals, signal_lead
 from soar_mega.launch.watchdog import Watchdog
 from soar_mega.pipeline.recorder import Recorder
@@ -106,8 +105,7 @@ def _train(
     if outcome != "finished":
         end_together()
     # Not after an error: the others may never come, and the message must not wait for them.
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_processes()
     return outcome
 
 

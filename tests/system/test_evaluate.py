@@ -262,6 +262,29 @@ def test_models_refused(
     assert words in capsys.readouterr().err
 
 
+def test_a_refusal_ends_every_rank_with_its_code(folder: Path) -> None:
+    """In whole interpreters: a process group that is left up aborts one exit in four."""
+    (folder / "empty").mkdir()
+    line = [sys.executable, str(REPOSITORY / "tools" / "evaluate.py")]
+    line += arguments("refused", models=["run=empty"])
+    for _ in range(3):
+        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        place |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+        ranks = [
+            subprocess.Popen(
+                line,
+                cwd=folder,
+                env={**os.environ, **place, "RANK": rank, "LOCAL_RANK": rank},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in ("0", "1")
+        ]
+        told = [process.communicate(timeout=300)[1] for process in ranks]
+        assert [process.returncode for process in ranks] == [78, 78], told
+        assert "no committed checkpoint" in told[0] and not told[1]
+
+
 def test_refused_on_all_ranks_alike(alone: Path, folder: Path) -> None:
     codes, told = run_tool(folder, 2, arguments("refused", "--limit", "0"))
     assert codes == [78, 78] and told[0].count("\n") == 1 and not told[1]
