@@ -263,7 +263,7 @@ def test_models_refused(
 
 
 def test_a_refusal_ends_every_rank_with_its_code(folder: Path) -> None:
-    """In whole interpreters: a process group that is left up aborts one exit in four."""
+    """In whole interpreters: a process group that is left up aborts the exit now and then."""
     (folder / "empty").mkdir()
     line = [sys.executable, str(REPOSITORY / "tools" / "evaluate.py")]
     line += arguments("refused", models=["run=empty"])
